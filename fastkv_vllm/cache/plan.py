@@ -1,0 +1,133 @@
+"""The arithmetic of budgets: from a prompt's length to whole pages, and the orders of one engine step.
+
+Positions of a prompt of P tokens, m = P // block_size whole blocks:
+
+| interval                       | name    | what happens to its entries                         |
+|--------------------------------|---------|-----------------------------------------------------|
+| [0, num_sink)                  | sinks   | always stay                                         |
+| [num_sink, forced_from)        | rated   | the best of them fill the remaining places          |
+| [forced_from, P)               | forced  | window and block tail: always stay, always propagate|
+| [m * block_size, P), in forced | tail    | never moved: it lies in the last, partial block     |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class LeftAlone(Enum):
+    """Why a prompt is not compressed."""
+
+    SHORT = "short"
+    BUDGET_COVERS_PROMPT = "budget_covers_prompt"
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """What stays of one prompt; known from the configuration and the prompt's length alone.
+
+    Fields:
+        num_tokens: tokens of the prompt (P).
+        block_size: tokens per block.
+        num_pages: whole pages that stay per (layer, KV head), beside the tail.
+        num_tsp: rows that go on after the TSP layer, forced ones included; None: all of them.
+        window_size: last tokens whose queries vote.
+        num_sink: first tokens that always stay.
+    """
+
+    num_tokens: int
+    block_size: int
+    num_pages: int
+    num_tsp: int | None
+    window_size: int
+    num_sink: int
+
+    @property
+    def num_whole_blocks(self) -> int:
+        return self.num_tokens // self.block_size
+
+    @property
+    def num_tail(self) -> int:
+        """Tokens of the last, partial block."""
+        return self.num_tokens % self.block_size
+
+    @property
+    def forced_from(self) -> int:
+        """First position of the window or of the tail, whichever comes first."""
+        return min(self.num_tokens - self.window_size, self.num_whole_blocks * self.block_size)
+
+    @property
+    def num_moved(self) -> int:
+        """Entries per (layer, KV head) that are moved together into whole pages."""
+        return self.num_pages * self.block_size
+
+    @property
+    def num_kept(self) -> int:
+        """Entries per (layer, KV head) that stay, tail included."""
+        return self.num_moved + self.num_tail
+
+    @property
+    def num_freed_blocks(self) -> int:
+        """Blocks that return to the pool when the prompt is done."""
+        return self.num_whole_blocks - self.num_pages
+
+    def peak_tokens(self, num_tokens: int) -> int:
+        """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""
+        return max(min(num_tokens, self.num_tokens), num_tokens - self.num_freed_blocks * self.block_size)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Orders of one engine step, from the scheduler to the workers.
+
+    Fields:
+        prefills: requests of this step whose prompt was unfinished before it.
+        destinations: requests that finish their prompt in this step -> ids of the blocks that take their kept pages.
+        null_blocks: requests of this step compressed in an earlier one -> leading null blocks of their table.
+        partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
+    """
+
+    prefills: Mapping[str, PromptPlan]
+    destinations: Mapping[str, list[int]]
+    null_blocks: Mapping[str, int]
+    partial: frozenset[str]
+
+
+def plan_prompt(
+    num_tokens: int,
+    *,
+    block_size: int,
+    num_kept: int,
+    num_tsp: int | None,
+    window_size: int,
+    num_sink: int,
+    min_tokens: int,
+) -> PromptPlan | LeftAlone:
+    """Round a budget to whole pages.
+
+    Blocks held after the prompt are ceil(num_kept / block_size), one of them the partial tail block if there is
+    one, so that a request never holds a block more than its budget; entries kept are within block_size - 1 of
+    num_kept. Only forced entries raise it: sinks and window always find room.
+
+    Args:
+        num_tokens: tokens of the prompt.
+        block_size: tokens per block.
+        num_kept: budget per (layer, KV head), window included.
+        num_tsp: rows wished after the TSP layer, None for no TSP; raised to what stays.
+        window_size: last tokens whose queries vote.
+        num_sink: first tokens that always stay.
+        min_tokens: prompts below this are left alone; more than window_size.
+    """
+    if num_tokens < min_tokens:
+        return LeftAlone.SHORT
+    whole, tail = divmod(num_tokens, block_size)
+    held = -(-num_kept // block_size)
+    forced = num_sink + max(window_size - tail, 0)
+    num_pages = max(held - (tail > 0), -(-(forced + 1) // block_size))  # + 1: something must be chosen
+    if num_pages >= whole:
+        return LeftAlone.BUDGET_COVERS_PROMPT
+    if num_tsp is not None:
+        num_tsp = max(num_tsp, num_pages * block_size + tail)
+    if num_tsp is not None and num_tsp >= num_tokens:
+        num_tsp = None
+    return PromptPlan(num_tokens, block_size, num_pages, num_tsp, window_size, num_sink)

@@ -1,0 +1,184 @@
+"""The configuration tree: built once from one mapping, checked, frozen."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
+from fastkv_vllm.kernels.window_scores import POOLINGS
+from fastkv_vllm.methods import Method, method_class
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """What `--kv-compression NAME --kv-compression-config JSON` says.
+
+    Fields (defaults are those of FastKV v3, arXiv 2502.01068):
+        method: registered name.
+        retention_ratio: share of a prompt's entries kept per layer and KV head, (0, 1]; 1.0 = off.
+        budget: entries kept per layer and KV head, instead of retention_ratio.
+        tsp_layer: last layer that sees the whole prompt, 0-based; None: num_layers // 2 - 1, which is the value
+            published for Llama-3.1-8B (15), Ministral-8B (17) and Mistral-Nemo-12B (19).
+        tsp_ratio: share of a prompt's rows that go on after it, (0, 1]; 1.0 = no TSP; None: 0.2 where the method
+            propagates, retention_ratio if that is more.
+        tsp_tokens: rows that go on, instead of tsp_ratio.
+        window_size: last prompt tokens whose queries vote and that always stay.
+        num_sink: first tokens that always stay; None: the method's own default.
+        kernel_size: width of the pooling over positions, odd.
+        pooling: "max" (FastKV v3) or "avg" (v1, v2).
+        min_tokens: prompts below this are left alone.
+        max_tsp_tokens: most prompt tokens whose residual rows wait for their last chunk, over all requests; prompts
+            wait for their turn beyond it; None: the model's maximum length.
+    """
+
+    method: str
+    retention_ratio: float | None = None
+    budget: int | None = None
+    tsp_layer: int | None = None
+    tsp_ratio: float | None = None
+    tsp_tokens: int | None = None
+    window_size: int = 8
+    num_sink: int | None = None
+    kernel_size: int = 7
+    pooling: str = "max"
+    min_tokens: int = 512
+    max_tsp_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        cls = method_class(self.method)
+        _only_one(self, "retention_ratio", "budget")
+        _only_one(self, "tsp_ratio", "tsp_tokens")
+        for name in ("retention_ratio", "tsp_ratio"):
+            value = getattr(self, name)
+            _check(value is None or (_is_number(value) and 0 < value <= 1), name, "in (0, 1]", self)
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            allowed = _is_int(value) and value >= low
+            _check(allowed or (value is None and name in _OPTIONAL), name, f"an integer >= {low}", self)
+        _check(self.kernel_size % 2 == 1, "kernel_size", "odd", self)
+        _check(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", self)
+        _check(self.min_tokens > self.window_size, "min_tokens", f"more than window_size = {self.window_size}", self)
+        if not cls.propagates:
+            for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
+                _check(getattr(self, name) is None, name, f"left out: {self.method} does not propagate rows", self)
+        _default(self, "num_sink", cls.default_num_sink)
+        if self.budget is None:
+            _default(self, "retention_ratio", 0.1)
+        if cls.propagates and self.tsp_tokens is None:
+            _default(self, "tsp_ratio", max(0.2, self.retention_ratio or 0.0))
+        if self.retention_ratio is not None and self.tsp_ratio is not None:
+            rule = f"at least retention_ratio = {self.retention_ratio}: late layers cannot keep more than they see"
+            _check(self.tsp_ratio >= self.retention_ratio, "tsp_ratio", rule, self)
+
+    @classmethod
+    def from_mapping(cls, method: str, mapping: Mapping[str, Any]) -> "CompressionConfig":
+        """Configuration of `method` from the JSON object of the command line.
+
+        Raises:
+            ValueError: an unknown key or a value out of range; the message says what is allowed.
+        """
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"kv_compression_config must be a JSON object; got {mapping!r}")
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "method"]
+        unknown = sorted(set(mapping) - set(known))
+        if unknown:
+            raise ValueError(
+                f"kv_compression_config: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}"
+            )
+        return cls(method=method, **mapping)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """All fields as plain JSON types; `CompressionConfig(**mapping)` gives the same configuration back."""
+        return dataclasses.asdict(self)
+
+    def for_model(self, *, num_layers: int, max_model_len: int) -> "CompressionConfig":
+        """The same configuration with the defaults that depend on the model filled in, and checked against it.
+
+        Args:
+            num_layers: decoder layers.
+            max_model_len: longest sequence the engine accepts, tokens.
+
+        Raises:
+            ValueError: the TSP layer is not followed by another layer, or the stash is smaller than a prompt.
+        """
+        if not self.uses_tsp:
+            return self
+        layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
+        limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
+        filled = dataclasses.replace(self, tsp_layer=layer, max_tsp_tokens=limit)
+        _check(0 <= layer < num_layers - 1, "tsp_layer", f"in 0..{num_layers - 2}, the model has {num_layers}", filled)
+        _check(
+            limit >= max_model_len,
+            "max_tsp_tokens",
+            f"at least the model's maximum length {max_model_len}; raise it or lower --max-model-len",
+            filled,
+        )
+        return filled
+
+    @property
+    def uses_tsp(self) -> bool:
+        """Whether late layers see fewer rows than early ones."""
+        return method_class(self.method).propagates and self.tsp_ratio != 1.0
+
+    def make_method(self) -> Method:
+        """The configured method object."""
+        return method_class(self.method)(
+            window_size=self.window_size, kernel_size=self.kernel_size, pooling=self.pooling
+        )
+
+    def plan(self, num_tokens: int, block_size: int) -> PromptPlan | LeftAlone:
+        """What stays of a prompt of `num_tokens` tokens."""
+        assert self.num_sink is not None, "filled in by __post_init__"
+        num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
+        assert num_kept is not None, "one of retention_ratio and budget is set"
+        num_tsp = None
+        if self.uses_tsp:
+            num_tsp = int(num_tokens * self.tsp_ratio) if self.tsp_ratio is not None else self.tsp_tokens
+        return plan_prompt(
+            num_tokens,
+            block_size=block_size,
+            num_kept=num_kept,
+            num_tsp=num_tsp,
+            window_size=self.window_size,
+            num_sink=self.num_sink,
+            min_tokens=self.min_tokens,
+        )
+
+
+_LOWEST = {
+    "budget": 1,
+    "tsp_layer": 0,
+    "tsp_tokens": 1,
+    "window_size": 1,
+    "num_sink": 0,
+    "kernel_size": 1,
+    "min_tokens": 1,
+    "max_tsp_tokens": 1,
+}
+
+
+_OPTIONAL = {"budget", "tsp_layer", "tsp_tokens", "num_sink", "max_tsp_tokens"}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _default(config: CompressionConfig, name: str, value: object) -> None:
+    if getattr(config, name) is None:
+        object.__setattr__(config, name, value)
+
+
+def _only_one(config: CompressionConfig, first: str, second: str) -> None:
+    if getattr(config, first) is not None and getattr(config, second) is not None:
+        raise ValueError(f"kv_compression_config: give {first} or {second}, not both")
+
+
+def _check(holds: bool, name: str, rule: str, config: CompressionConfig) -> None:
+    if not holds:
+        raise ValueError(f"kv_compression_config: {name} must be {rule}; got {getattr(config, name)!r}")

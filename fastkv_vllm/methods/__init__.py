@@ -1,0 +1,9 @@
+"""Compression methods, one file each; importing this package fills the registry."""
+
+from fastkv_vllm.methods.base import Method
+from fastkv_vllm.methods.fastkv import FastKV
+from fastkv_vllm.methods.registry import method_class, method_names, register
+from fastkv_vllm.methods.snapkv import SnapKV
+from fastkv_vllm.methods.streamingllm import StreamingLLM
+
+__all__ = ["FastKV", "Method", "SnapKV", "StreamingLLM", "method_class", "method_names", "register"]
