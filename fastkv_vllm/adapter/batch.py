@@ -1,0 +1,73 @@
+"""One engine step as the compressing attention sees it."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastkv_vllm.cache import PromptPlan
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """The rows of one request with an unfinished prompt, in the batch of one kind of layers.
+
+    Fields:
+        request_id: whose they are.
+        plan: what will stay of its prompt.
+        first: number of the first row in the batch.
+        count: rows.
+        start: entries of the prompt cached before these rows; 0 where the layer sees all entries at once.
+        blocks: ids of the blocks of the prompt, in order, [ceil(P / block_size)] int64.
+        destination: ids of the blocks that take the kept pages; None: the prompt goes on after this step.
+        late: rows chosen at the TSP layer, not the prompt's own sequence.
+    """
+
+    request_id: str
+    plan: PromptPlan
+    first: int
+    count: int
+    start: int
+    blocks: torch.Tensor
+    destination: list[int] | None
+    late: bool = False
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the metadata of a step must know beside vLLM's own.
+
+    Fields:
+        prefills: requests with an unfinished prompt.
+        null_blocks: row of the block table -> leading null blocks of a compressed request.
+        block_size: tokens per block.
+    """
+
+    prefills: tuple[PrefillRows, ...]
+    null_blocks: dict[int, int]
+    block_size: int
+
+    def read_view(self, common: Any) -> Any:
+        """The same metadata with the null blocks of compressed requests cut off.
+
+        Reads of a compressed request start at its kept pages; writes keep their slots, which vLLM computed from the
+        true table.
+
+        Args:
+            common: vLLM's CommonAttentionMetadata; not changed.
+        """
+        if not self.null_blocks:
+            return common
+        common = copy.copy(common)
+        common.block_table_tensor = common.block_table_tensor.clone()
+        common.seq_lens = common.seq_lens.clone()
+        for row, count in self.null_blocks.items():
+            table = common.block_table_tensor[row]
+            table[:-count] = table[count:].clone()
+            common.seq_lens[row] -= count * self.block_size
+        return common

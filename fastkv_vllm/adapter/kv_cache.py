@@ -1,0 +1,159 @@
+"""KV-cache specification and block manager of compressible layers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from fastkv_vllm.cache import PromptPlan, check_integrity
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressibleSpec(FullAttentionSpec):
+    """Full attention whose requests may hold null blocks; no field of its own, since `merge` would lose it."""
+
+
+class CompressingManager(FullAttentionManager):
+    """vLLM's full-attention manager plus one act: give back a finished prompt's surplus blocks.
+
+    Positions never shift: freed prompt blocks become null blocks in the request's table, followed by the blocks
+    that hold the kept pages, so all of vLLM's block arithmetic stays true.
+
+    With prefix caching the kept pages go to fresh blocks, the originals keep their hashes. Room for them is certain:
+    allocation leaves free what the prompts that finish in this step still need (`_reserved_blocks`).
+
+    State per request, dropped whenever its blocks are popped (finish, abort, preemption): `plans`, `finishing`
+    (prompt fully allocated, not yet compressed), `null_blocks` (compressed), `stashing` (waits between chunks with
+    rows stashed).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: dict[str, PromptPlan] = {}
+        self.finishing: set[str] = set()
+        self.stashing: set[str] = set()
+        self.null_blocks: dict[str, int] = {}
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        plan = self.plans.get(request_id)
+        if apply_admission_cap and plan is not None:
+            # A resumed request needs its whole prompt or its compressed prompt plus answer, never both at once.
+            num_tokens = plan.peak_tokens(num_tokens)
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
+        return needed + self._reserved_blocks(request_id, num_tokens, new_computed_blocks)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        plan = self.plans.get(request_id)
+        if plan is not None and request_id not in self.null_blocks:
+            if num_tokens >= plan.num_tokens:
+                self.finishing.add(request_id)
+            elif plan.num_tsp is not None:
+                self.stashing.add(request_id)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # The table of a compressed request no longer says what its blocks hold.
+        if request.request_id not in self.null_blocks:
+            super().cache_blocks(request, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.plans.pop(request_id, None)
+        self.finishing.discard(request_id)
+        self.stashing.discard(request_id)
+        self.null_blocks.pop(request_id, None)
+        return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
+
+    def compress(self, request_ids: Iterable[str]) -> dict[str, list[int]]:
+        """Give the surplus blocks of requests whose prompt this step finishes back to the pool.
+
+        The step that finishes the prompts must be the one being scheduled: workers run steps in order, and within a
+        layer they read all sources of a step before they write its destinations.
+
+        Returns:
+            Request -> ids of the blocks that take its kept pages, in order.
+        """
+        done = {rid: self.plans[rid] for rid in request_ids}
+        if self.enable_caching:
+            for rid, plan in done.items():
+                self.block_pool.free_blocks(reversed(self.req_to_blocks[rid][: plan.num_whole_blocks]))
+        destinations = {}
+        for rid, plan in done.items():
+            whole = self.req_to_blocks[rid][: plan.num_whole_blocks]
+            if self.enable_caching:
+                kept = self.block_pool.get_new_blocks(plan.num_pages)
+            else:
+                kept = whole[plan.num_freed_blocks :]
+                self.block_pool.free_blocks(reversed(whole[: plan.num_freed_blocks]))
+            nulls = [self._null_block] * plan.num_freed_blocks
+            self.req_to_blocks[rid][: plan.num_whole_blocks] = nulls + kept
+            self.finishing.discard(rid)
+            self.stashing.discard(rid)
+            self.null_blocks[rid] = plan.num_freed_blocks
+            destinations[rid] = [block.block_id for block in kept]
+        return destinations
+
+    def num_stash_tokens(self) -> int:
+        """Prompt tokens of requests whose residual rows wait for their last chunk."""
+        return sum(self.plans[rid].num_tokens for rid in self.stashing)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError where blocks are lost, held twice or shared against the rules."""
+        pool = self.block_pool
+        real = [block for block in pool.blocks if not block.is_null]
+        check_integrity(
+            num_blocks=len(pool.blocks),
+            null_block=pool.null_block.block_id,
+            free=[block.block_id for block in pool.free_block_queue.get_all_free_blocks()],
+            ref_counts={block.block_id: block.ref_cnt for block in real},
+            tables={rid: [block.block_id for block in blocks] for rid, blocks in self.req_to_blocks.items()},
+            hashed=[block.block_id for block in real if block.block_hash is not None],
+            private={
+                rid: [b.block_id for b in self.req_to_blocks[rid][nulls : self.plans[rid].num_whole_blocks]]
+                for rid, nulls in self.null_blocks.items()
+            },
+        )
+
+    def _reserved_blocks(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock]
+    ) -> int:
+        """Free blocks an allocation must leave for prompts that finish in this step (prefix caching only).
+
+        Each needs `num_pages` fresh blocks and gives back those prompt blocks that no other request holds. A hit in
+        `new_computed_blocks` makes a block shared, so a sibling that would take a finishing prompt's way out waits.
+        """
+        if not self.enable_caching:
+            return 0
+        finishing = dict.fromkeys(self.finishing)
+        plan = self.plans.get(request_id)
+        if plan is not None and request_id not in self.null_blocks and num_tokens >= plan.num_tokens:
+            finishing[request_id] = None
+        hit = {block.block_id for block in new_computed_blocks}
+        balance = 0
+        for rid in finishing:
+            plan = self.plans[rid]
+            whole = self.req_to_blocks.get(rid, [])[: plan.num_whole_blocks]
+            returned = sum(block.ref_cnt == 1 and block.block_id not in hit for block in whole)
+            if rid == request_id:
+                returned += plan.num_whole_blocks - len(whole) - len(new_computed_blocks)
+                returned += sum(block.ref_cnt == 0 for block in new_computed_blocks)
+            balance += plan.num_pages - returned
+        return max(balance, 0)
+
+
+KVCacheSpecRegistry._ensure_registered()  # a registry that is not empty never gets vLLM's own specs
+KVCacheSpecRegistry.register(CompressibleSpec, CompressingManager, uniform_type_base_spec=FullAttentionSpec)

@@ -1,0 +1,97 @@
+"""How the CPU engine lays out a page, found by asking its own writer."""
+
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as ops
+
+_BASE = 64  # digits of this base are exact in every cache dtype
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where entry t, element d of a page lies.
+
+    A page of one layer and KV head is `2 * block_size * head_dim` numbers, keys first. Inside each half the order
+    depends on the instruction set vLLM chose ("vec" stores keys transposed, "amx" in tiles), so it is not coded
+    here: `probe` writes numbered entries through vLLM's own op and reads where they went.
+
+    Fields:
+        block_size: entries per page.
+        head_dim: elements per key or value.
+        isa: vLLM's name of the layout.
+        key_offsets, value_offsets: offsets inside a half, [block_size * head_dim] int64, entry-major.
+    """
+
+    block_size: int
+    head_dim: int
+    isa: str
+    key_offsets: torch.Tensor
+    value_offsets: torch.Tensor
+
+    @classmethod
+    def probe(cls, *, block_size: int, head_dim: int, dtype: torch.dtype, isa: str) -> "PageLayout":
+        """Layout of pages of this shape.
+
+        Raises:
+            RuntimeError: the op does not store each element once; this build of vLLM is not understood.
+        """
+        size = block_size * head_dim
+        ids = torch.arange(size)
+        found = torch.zeros(2, size, dtype=torch.int64)
+        for power in range(4):
+            digit = ((ids // _BASE**power) % _BASE).to(dtype).view(block_size, 1, head_dim)
+            page = torch.zeros(1, 1, 2 * block_size, head_dim, dtype=dtype)
+            _write(page, digit, digit, torch.arange(block_size), isa)
+            found += page.view(2, size).to(torch.int64) * _BASE**power
+        if not all(torch.equal(half.sort().values, ids) for half in found):
+            raise RuntimeError(f"the cache layout {isa!r} of this vLLM does not store each element exactly once")
+        return cls(block_size, head_dim, isa, *(half.argsort() for half in found))
+
+    def read_keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
+        """The first `num_entries` keys stored in `blocks`, [H, num_entries, D].
+
+        Args:
+            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
+            blocks: block ids in order, [B] int64.
+            num_entries: at most B * block_size.
+        """
+        num_blocks, num_heads = kv_cache.shape[:2]
+        halves = kv_cache.view(num_blocks, num_heads, 2, -1)[blocks, :, 0]  # [B, H, block_size * D]
+        keys = halves[..., self.key_offsets].view(len(blocks), num_heads, self.block_size, self.head_dim)
+        return keys.transpose(0, 1).reshape(num_heads, -1, self.head_dim)[:, :num_entries]
+
+    def gather(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, entries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of chosen entries, each [K, H, D].
+
+        Args:
+            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
+            blocks: block ids in order, [B] int64.
+            entries: entry numbers per head, [H, K] int64.
+        """
+        num_blocks, num_heads = kv_cache.shape[:2]
+        flat = kv_cache.view(num_blocks * num_heads, 2, -1)
+        heads = torch.arange(num_heads).unsqueeze(1)
+        pages = (blocks[entries // self.block_size] * num_heads + heads).T.unsqueeze(-1)  # [K, H, 1]
+        within = (entries % self.block_size).T
+        keys = flat[pages, 0, self.key_offsets.view(self.block_size, -1)[within]]
+        values = flat[pages, 1, self.value_offsets.view(self.block_size, -1)[within]]
+        return keys, values
+
+    def write(self, kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store entries at slots, all heads at the same ones.
+
+        Args:
+            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D]; changed in place.
+            keys, values: [K, H, D].
+            slots: [K] int64, block id * block_size + offset.
+        """
+        num_blocks, num_heads, block_size, _ = kv_cache.shape
+        _write(kv_cache.view(num_blocks, num_heads, 2 * block_size, -1), keys, values, slots, self.isa)
+
+
+def _write(halves: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str) -> None:
+    key_cache, value_cache = halves.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)

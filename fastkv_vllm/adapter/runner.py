@@ -1,0 +1,152 @@
+"""vLLM's CPU model runner (V1) with compression."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
+from fastkv_vllm.adapter.batch import Batch, PrefillRows
+from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.kv_cache import CompressibleSpec
+from fastkv_vllm.adapter.step import attach_stats, plan_of
+from fastkv_vllm.adapter.tsp import TSPStep, segments_of
+from fastkv_vllm.adapter.wiring import compression_config
+from fastkv_vllm.cache import StepPlan
+
+
+class CPUCompressionRunner(CPUModelRunner):
+    """Obeys the plan of each step. `start_compression` stands in for an initialiser.
+
+    The worker builds vLLM's runner and gives it this class: there is no other seam on CPU.
+    """
+
+    def start_compression(self) -> None:
+        """Set up what compression holds; call once, after vLLM's own initialiser."""
+        self.compressor = Compressor(compression_config(self.vllm_config))
+        self._plan: StepPlan | None = None
+        self._batch: Batch | None = None
+        self._tsp: TSPStep | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self._require_our_classes(kv_cache_config)
+        self._builder = self.attn_groups[0][0].get_metadata_builder(0)
+        self._builder.compressor = self.compressor
+        tsp_layer = self.compressor.tsp_layer
+        self._late_layer_names = [
+            name
+            for name in kv_cache_config.kv_cache_groups[0].layer_names
+            if tsp_layer is not None and extract_layer_index(name) > tsp_layer
+        ]
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        self._plan = plan_of(scheduler_output)
+        try:
+            output = super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            plan, self._plan, self._tsp = self._plan, None, None
+            self._builder.batch = None
+            self.compressor.selected.clear()
+        for request_id, destination in plan.destinations.items():
+            self._move_blocks(request_id, destination, plan)
+        self.compressor.forget(plan.partial)
+        return output
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:
+            attach_stats(output, self.compressor.take_stats())
+        return output
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
+        if self._plan is None:  # a dummy run
+            return super()._build_attention_metadata(*args, **kwargs)
+        batch = self._make_batch(self._plan)
+        self._builder.batch = batch
+        metadata = super()._build_attention_metadata(*args, **kwargs)
+        if any(prefill.plan.num_tsp is not None for prefill in batch.prefills):
+            num_reqs = self.input_batch.num_reqs
+            segments = segments_of(self.query_start_loc.np[: num_reqs + 1].tolist(), batch.prefills)
+            assert self._builder.view is not None, "left there by the build above"
+            self._tsp = TSPStep(self.compressor, segments, self._builder.view, self._builder, self._late_layer_names)
+        return metadata
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._tsp is None:
+            return super()._model_forward(*args, **kwargs)
+        layers = self.get_model().model.layers
+        assert self.compressor.tsp_layer is not None, "TSP is on"
+        with self._tsp.detour(layers, self.compressor.tsp_layer):
+            hidden = super()._model_forward(*args, **kwargs)
+        return self._tsp.scatter(hidden, kwargs["positions"].shape[0])
+
+    def _make_batch(self, plan: StepPlan) -> Batch:
+        """The step's plan in terms of the rows of the persistent batch."""
+        block_size = self._builder.block_size
+        starts = self.query_start_loc.np
+        table = self.input_batch.block_table[0].get_cpu_tensor()
+        prefills = []
+        null_blocks = {}
+        for row, request_id in enumerate(self.input_batch.req_ids):
+            if request_id in plan.null_blocks:
+                null_blocks[row] = plan.null_blocks[request_id]
+            if request_id in plan.prefills:
+                prompt = plan.prefills[request_id]
+                num_blocks = -(-prompt.num_tokens // block_size)
+                prefills.append(
+                    PrefillRows(
+                        request_id=request_id,
+                        plan=prompt,
+                        first=int(starts[row]),
+                        count=int(starts[row + 1] - starts[row]),
+                        start=int(self.input_batch.num_computed_tokens_cpu[row]),
+                        blocks=table[row, :num_blocks].to(torch.int64),
+                        destination=plan.destinations.get(request_id),
+                    )
+                )
+        return Batch(tuple(prefills), null_blocks, block_size)
+
+    def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
+        """Put null blocks and kept blocks into the request's table, as the scheduler has done in its own."""
+        prompt = plan.prefills[request_id]
+        whole = [0] * prompt.num_freed_blocks + destination
+        self.requests[request_id].block_ids[0][: len(whole)] = whole
+        row = self.input_batch.req_id_to_index[request_id]
+        self.input_batch.block_table[0].block_table.np[row, : len(whole)] = whole
+
+    def _require_our_classes(self, kv_cache_config: KVCacheConfig) -> None:
+        """Refuse to serve where vLLM has built something else than what compression was written for."""
+        groups = kv_cache_config.kv_cache_groups
+        impls = {
+            name: type(layer.impl).__name__
+            for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention).items()
+            if type(layer.impl) is not CompressionAttentionImpl
+        }
+        spec = groups[0].kv_cache_spec if groups else None
+        problems = {
+            "one KV-cache group": (len(groups) == 1 and len(self.attn_groups[0]) == 1, f"{len(groups)} groups"),
+            "specification CompressibleSpec": (type(spec) is CompressibleSpec, type(spec).__name__),
+            "unpadded pages": (getattr(spec, "page_size_padded", None) is None, "padded pages"),
+            "attention CompressionAttentionImpl": (not impls, str(impls)),
+        }
+        if not impls and len(groups) == 1:
+            builder = self.attn_groups[0][0].get_metadata_builder(0)
+            problems["builder CompressionMetadataBuilder"] = (
+                type(builder) is CompressionMetadataBuilder,
+                type(builder).__name__,
+            )
+            problems["kernel blocks of the manager's size"] = (
+                builder.block_size == getattr(spec, "block_size", None),
+                f"{builder.block_size}",
+            )
+        broken = [f"needs {what}, got {found}" for what, (holds, found) in problems.items() if not holds]
+        if broken:
+            raise RuntimeError("compression cannot run on what vLLM has built: " + "; ".join(broken))

@@ -1,0 +1,141 @@
+"""vLLM's schedulers, with a plan for each prompt that ends."""
+
+import logging
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from fastkv_vllm.adapter.kv_cache import CompressingManager
+from fastkv_vllm.adapter.metrics import encode_stats
+from fastkv_vllm.adapter.step import CompressionStats, attach_plan, stats_of
+from fastkv_vllm.adapter.wiring import compression_config
+from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
+
+logger = logging.getLogger("vllm.fastkv")
+
+
+class _CompressionMixin(Scheduler):
+    """Ends chunks at the prompt's end, frees the surplus of finished prompts in the same step, sends the orders.
+
+    `totals` counts since start-up; tests and the idle check read it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compression = compression_config(self.vllm_config)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or type(managers[0]) is not CompressingManager:
+            raise RuntimeError(
+                "compression needs one KV-cache group of full attention, managed by CompressingManager; got "
+                f"{[type(manager).__name__ for manager in managers]}"
+            )
+        self.manager: CompressingManager = managers[0]
+        self.totals = CompressionStats()
+        self._unreported = CompressionStats()
+
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        blocks, num_hit, *rest = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        plan = self._plan(request)
+        if isinstance(plan, PromptPlan):
+            # The window's queries must be computed, and a resumed request must pass its prompt's end again.
+            limit = (plan.num_tokens - plan.window_size) // plan.block_size * plan.block_size
+            if num_hit > limit:
+                blocks, num_hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        return (blocks, num_hit, *rest)
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if num_computed_tokens >= request.num_prompt_tokens:
+            return num_new_tokens
+        plan = self._plan(request)
+        if isinstance(plan, LeftAlone):
+            return num_new_tokens
+        self.manager.plans[request.request_id] = plan
+        num_new_tokens = min(num_new_tokens, plan.num_tokens - num_computed_tokens)
+        ends = num_computed_tokens + num_new_tokens == plan.num_tokens
+        if plan.num_tsp is not None and not ends and request.request_id not in self.manager.stashing:
+            limit = self.compression.max_tsp_tokens
+            assert limit is not None, "filled in by CompressionConfig.for_model"
+            if self.manager.num_stash_tokens() + plan.num_tokens > limit:
+                return 0  # waits until another prompt has ended; one prompt always fits
+        return num_new_tokens
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        scheduled = scheduler_output.num_scheduled_tokens
+        compressed = {rid: n for rid in scheduled if (n := self.manager.null_blocks.get(rid))}
+        prefills: dict[str, PromptPlan] = {}
+        for rid in scheduled:
+            if rid in self.manager.plans and rid not in self.manager.null_blocks:
+                prefills[rid] = self.manager.plans[rid]
+            else:
+                self._count_left_alone(self.requests[rid], scheduled[rid])
+        super()._update_after_schedule(scheduler_output)
+        ended = [rid for rid, plan in prefills.items() if self.requests[rid].num_computed_tokens >= plan.num_tokens]
+        destinations = self.manager.compress(ended)
+        for rid in ended:
+            self._count_compressed(rid, prefills[rid])
+        partial = frozenset(rid for rid in self.manager.plans if rid not in self.manager.null_blocks)
+        attach_plan(scheduler_output, StepPlan(prefills, destinations, compressed, partial))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        stats = stats_of(model_runner_output)
+        if stats is not None:
+            self.totals.add_worker(stats)
+            self._unreported.add_worker(stats)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self.has_unfinished_requests():
+            self.manager.check_integrity()
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            encode_stats(stats, self._unreported)
+            self._unreported = CompressionStats()
+            self._unreported.worker.stash_bytes = self.totals.worker.stash_bytes
+        return stats
+
+    def _plan(self, request: Request) -> PromptPlan | LeftAlone:
+        return self.compression.plan(request.num_prompt_tokens, self.manager.block_size)
+
+    def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
+        for stats in (self.totals, self._unreported):
+            stats.requests_compressed += 1
+            stats.prompt_tokens_seen += plan.num_tokens
+            stats.prompt_tokens_kept += plan.num_kept
+            stats.blocks_freed += plan.num_freed_blocks
+        logger.debug(
+            "%s: request %s compressed from %d to %d entries per head, %s rows after the TSP layer, %d blocks freed",
+            self.compression.method,
+            request_id,
+            plan.num_tokens,
+            plan.num_kept,
+            plan.num_tsp,
+            plan.num_freed_blocks,
+        )
+
+    def _count_left_alone(self, request: Request, num_scheduled: int) -> None:
+        before, prompt = request.num_computed_tokens, request.num_prompt_tokens
+        if before < prompt <= before + num_scheduled:
+            reason = self._plan(request)
+            assert isinstance(reason, LeftAlone), f"{request.request_id} ends its prompt without its plan {reason}"
+            for stats in (self.totals, self._unreported):
+                stats.left_alone[reason.value] = stats.left_alone.get(reason.value, 0) + 1
+
+
+class CompressionScheduler(_CompressionMixin, Scheduler):
+    """vLLM's synchronous scheduler with compression."""
+
+
+class AsyncCompressionScheduler(_CompressionMixin, AsyncScheduler):
+    """vLLM's run-ahead scheduler with compression."""
+
+
+__all__ = ["AsyncCompressionScheduler", "CompressionScheduler"]

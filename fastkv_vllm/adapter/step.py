@@ -1,0 +1,69 @@
+"""How plans and figures ride on vLLM's own messages between scheduler and workers."""
+
+from dataclasses import dataclass, field, fields
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from fastkv_vllm.cache import StepPlan
+
+# Plain attributes of upstream's dataclasses: they survive pickling through the executor's message queue.
+_PLAN = "fastkv_plan"
+_STATS = "fastkv_stats"
+
+
+@dataclass
+class WorkerStats:
+    """What a worker did in one step; the scheduler adds it to its totals.
+
+    Fields: TSP rows that reached the TSP layer and that went on, bytes of stashed rows now held, microseconds spent
+    scoring and selecting, microseconds spent moving entries.
+    """
+
+    tsp_rows_in: int = 0
+    tsp_rows_out: int = 0
+    stash_bytes: int = 0
+    score_us: int = 0
+    compact_us: int = 0
+
+
+@dataclass
+class CompressionStats:
+    """Figures since the last report, from the scheduler to the front end; `stash_bytes` is the current value."""
+
+    requests_compressed: int = 0
+    prompt_tokens_seen: int = 0
+    prompt_tokens_kept: int = 0
+    blocks_freed: int = 0
+    left_alone: dict[str, int] = field(default_factory=dict)
+    worker: WorkerStats = field(default_factory=WorkerStats)
+
+    def add_worker(self, stats: WorkerStats) -> None:
+        for item in fields(WorkerStats):
+            if item.name != "stash_bytes":
+                setattr(self.worker, item.name, getattr(self.worker, item.name) + getattr(stats, item.name))
+        self.worker.stash_bytes = stats.stash_bytes
+
+
+def attach_plan(output: SchedulerOutput, plan: StepPlan) -> None:
+    setattr(output, _PLAN, plan)
+
+
+def plan_of(output: SchedulerOutput) -> StepPlan:
+    """Plan of a step.
+
+    Raises:
+        RuntimeError: the step was not scheduled by a compressing scheduler.
+    """
+    if _PLAN not in vars(output):
+        raise RuntimeError("a step without a compression plan reached a compressing worker: not our scheduler")
+    return vars(output)[_PLAN]
+
+
+def attach_stats(output: ModelRunnerOutput, stats: WorkerStats) -> None:
+    setattr(output, _STATS, stats)
+
+
+def stats_of(output: ModelRunnerOutput) -> WorkerStats | None:
+    """Figures of a step; None where no model ran."""
+    return vars(output).get(_STATS)

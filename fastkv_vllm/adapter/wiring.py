@@ -1,0 +1,82 @@
+"""From engine arguments to a vLLM configuration that compresses."""
+
+import logging
+import os
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from fastkv_vllm.adapter.conflicts import require_no_conflicts
+from fastkv_vllm.adapter.patches import validate_request
+from fastkv_vllm.adapter.version import require_supported_vllm
+from fastkv_vllm.config import CompressionConfig
+
+logger = logging.getLogger("vllm.fastkv")
+
+CONFIG_KEY = "fastkv"
+_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+_PACKAGE = "fastkv_vllm.adapter"
+
+
+def compression_config(vllm_config: VllmConfig) -> CompressionConfig:
+    """The configuration that `wire_compression` put into a vLLM configuration."""
+    return CompressionConfig(**vllm_config.additional_config[CONFIG_KEY])
+
+
+def prepare_engine_args(args: Any) -> CompressionConfig | None:
+    """Check our arguments and settle what vLLM must know before it builds its configuration.
+
+    Prefix caching is off unless asked for where rows are propagated (a cached block lacks the late layers), and
+    Model Runner V1 is chosen, here and for the processes that inherit the environment.
+
+    Raises:
+        ValueError, RuntimeError: the arguments do not fit, or this vLLM is not supported.
+    """
+    method, mapping = args.kv_compression, args.kv_compression_config
+    if method is None:
+        if mapping is not None:
+            raise ValueError("--kv-compression-config is given without --kv-compression; name a method too")
+        validate_request.PATCH.uninstall()
+        return None
+    require_supported_vllm()
+    config = CompressionConfig.from_mapping(method, {} if mapping is None else mapping)
+    if CONFIG_KEY in (args.additional_config or {}):
+        raise ValueError(f"additional_config[{CONFIG_KEY!r}] is ours to write; use --kv-compression-config")
+    if os.environ.get(_RUNNER_VARIABLE, "0") not in ("", "0"):
+        raise ValueError(
+            f"--kv-compression runs on Model Runner V1 and {_RUNNER_VARIABLE}={os.environ[_RUNNER_VARIABLE]} asks "
+            f"for V2; unset {_RUNNER_VARIABLE}"
+        )
+    os.environ[_RUNNER_VARIABLE] = "0"
+    if config.uses_tsp and args.enable_prefix_caching is None:
+        args.enable_prefix_caching = False
+    return config
+
+
+def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None:
+    """Name our scheduler and worker in a finished vLLM configuration and log what is on.
+
+    Raises:
+        ValueError: vLLM's configuration and ours exclude each other; names both sides.
+    """
+    require_no_conflicts(vllm_config, config)
+    model = vllm_config.model_config
+    config = config.for_model(
+        num_layers=model.get_total_num_hidden_layers(), max_model_len=model.max_model_len
+    )
+    scheduler = "AsyncCompressionScheduler" if vllm_config.scheduler_config.async_scheduling else "CompressionScheduler"
+    vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
+    vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"
+    vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
+    if config.uses_tsp:
+        validate_request.PATCH.install()
+    else:
+        validate_request.PATCH.uninstall()
+    rows = {
+        **config.to_mapping(),
+        "tsp": f"on after layer {config.tsp_layer}" if config.uses_tsp else "off",
+        "prefix_caching": "on" if vllm_config.cache_config.enable_prefix_caching else "off",
+        "scheduler": scheduler,
+    }
+    table = "\n".join(f"  {name:<18} {value}" for name, value in rows.items() if value is not None)
+    logger.info("FastKV compression is on for %s:\n%s", model.model, table)
