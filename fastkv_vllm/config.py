@@ -83,9 +83,7 @@ class CompressionConfig:
         known = [field.name for field in dataclasses.fields(cls) if field.name != "method"]
         unknown = sorted(set(mapping) - set(known))
         if unknown:
-            raise ValueError(
-                f"kv_compression_config: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}"
-            )
+            raise ValueError(f"kv_compression_config: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
         return cls(method=method, **mapping)
 
     def to_mapping(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What cannot work together with compression, refused before anything runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -15,7 +17,107 @@ ARCHITECTURES = (
     "Phi3ForCausalLM",
     "GemmaForCausalLM",
 )
-_STOCK_WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker",)
+_STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Something compression needs and a vLLM configuration may not have.
+
+    Fields:
+        needs: what must hold.
+        found: (vLLM's configuration) -> what is there instead; None where it holds.
+        remedy: what the user can do.
+        tsp_only: holds no threat to methods that do not propagate rows.
+    """
+
+    needs: str
+    found: Callable[[Any], str | None]
+    remedy: str
+    tsp_only: bool = False
+
+
+def _unless(holds: bool, found: str) -> str | None:
+    return None if holds else found
+
+
+def _window(config: Any) -> str | None:
+    window = config.model_config.get_sliding_window()
+    return _unless(window is None, f"a sliding window of {window} tokens")
+
+
+def _parallel(name: str) -> Callable[[Any], str | None]:
+    return lambda config: _unless(
+        (size := getattr(config.parallel_config, name)) == 1, f"{name.removesuffix('_size')} size {size}"
+    )
+
+
+def _given(name: str) -> Callable[[Any], str | None]:
+    return lambda config: _unless(getattr(config, name) is None, f"a {name}")
+
+
+WITHOUT = "serve it without --kv-compression"
+CONFLICTS = (
+    Conflict(
+        "vLLM's CPU engine (GPU backends are not written yet)",
+        lambda c: _unless(current_platform.is_cpu(), f"platform {current_platform.device_name}"),
+        WITHOUT,
+    ),
+    Conflict(
+        f"one of {', '.join(ARCHITECTURES)}",
+        lambda c: _unless(c.model_config.architecture in ARCHITECTURES, f"{c.model_config.architecture}"),
+        WITHOUT,
+    ),
+    Conflict(
+        "a generating model",
+        lambda c: _unless(c.model_config.runner_type == "generate", f"runner {c.model_config.runner_type}"),
+        "drop --runner",
+    ),
+    Conflict("full attention in each layer", _window, f"{WITHOUT} or with --disable-sliding-window"),
+    Conflict("keys and values per head", lambda c: _unless(not c.model_config.use_mla, "MLA"), WITHOUT),
+    Conflict("attention in each layer", lambda c: _unless(not c.model_config.is_hybrid, "a hybrid model"), WITHOUT),
+    Conflict("all layers in one stage", _parallel("pipeline_parallel_size"), "use --tensor-parallel-size"),
+    Conflict(
+        "whole requests on a rank",
+        _parallel("decode_context_parallel_size"),
+        "drop --decode-context-parallel-size",
+    ),
+    Conflict("whole batches", lambda c: _unless(not c.parallel_config.enable_dbo, "--enable-dbo"), "drop --enable-dbo"),
+    Conflict("entries it may move", _given("kv_transfer_config"), "drop --kv-transfer-config"),
+    Conflict(
+        "entries it may move",
+        lambda c: _unless(not (c.kv_events_config and c.kv_events_config.enable_kv_cache_events), "KV-cache events"),
+        "drop --kv-events-config",
+    ),
+    Conflict("one new token a step", _given("speculative_config"), "drop --speculative-config"),
+    Conflict("base models (not proven with adapters)", _given("lora_config"), "drop --enable-lora"),
+    Conflict(
+        "a KV cache of the model's dtype",
+        lambda c: _unless(c.cache_config.cache_dtype == "auto", f"kv_cache_dtype {c.cache_config.cache_dtype}"),
+        "drop --kv-cache-dtype",
+    ),
+    Conflict(
+        "a cache per layer",
+        lambda c: _unless(not c.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        "drop --kv-sharing-fast-prefill",
+    ),
+    Conflict(
+        "its own scheduler",
+        lambda c: _unless(c.scheduler_config.scheduler_cls is None, f"{c.scheduler_config.scheduler_cls}"),
+        "drop --scheduler-cls",
+    ),
+    Conflict(
+        "its own worker",
+        lambda c: _unless(c.parallel_config.worker_cls == _STOCK_WORKER, f"{c.parallel_config.worker_cls}"),
+        "drop --worker-cls",
+    ),
+    Conflict(
+        "late layers free of most prompt tokens (token-selective propagation)",
+        lambda c: _unless(not c.cache_config.enable_prefix_caching, "prefix caching, which would share those blocks"),
+        'drop --enable-prefix-caching or set "tsp_ratio": 1.0',
+        tsp_only=True,
+    ),
+)
 
 
 def require_no_conflicts(vllm_config: VllmConfig, config: CompressionConfig) -> None:
@@ -24,63 +126,10 @@ def require_no_conflicts(vllm_config: VllmConfig, config: CompressionConfig) -> 
     Raises:
         ValueError: one line per conflict, each naming both sides and what to do.
     """
-    found = [*_model_conflicts(vllm_config), *_engine_conflicts(vllm_config), *_tsp_conflicts(vllm_config, config)]
-    if found:
-        raise ValueError(f"--kv-compression {config.method} cannot run:\n" + "\n".join(f"- {line}" for line in found))
-
-
-def _model_conflicts(vllm_config: VllmConfig) -> Iterator[str]:
-    model = vllm_config.model_config
-    if model.runner_type != "generate":
-        yield f"compression needs a generating model and the runner is {model.runner_type!r}; drop --runner"
-    if model.architecture not in ARCHITECTURES:
-        yield (
-            f"compression is proven for {', '.join(ARCHITECTURES)} and the model is {model.architecture}; "
-            "serve it without --kv-compression"
-        )
-    if model.get_sliding_window() is not None:
-        yield (
-            f"compression needs full attention and the model has a sliding window of {model.get_sliding_window()} "
-            "tokens; serve it without --kv-compression or with --disable-sliding-window"
-        )
-    if model.use_mla:
-        yield "compression needs per-head keys and values and the model uses MLA; serve it without --kv-compression"
-    if model.is_hybrid:
-        yield "compression needs attention in each layer and the model is a hybrid; serve it without --kv-compression"
-
-
-def _engine_conflicts(vllm_config: VllmConfig) -> Iterator[str]:
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    scheduler = vllm_config.scheduler_config
-    if not current_platform.is_cpu():
-        yield f"compression runs on vLLM's CPU engine so far and the platform is {current_platform.device_name}"
-    if parallel.pipeline_parallel_size > 1:
-        yield f"compression needs all layers in one stage and pipeline_parallel_size is {parallel.pipeline_parallel_size}; use tensor parallelism"
-    if parallel.decode_context_parallel_size > 1:
-        yield f"compression needs a request's blocks on one rank and decode_context_parallel_size is {parallel.decode_context_parallel_size}; set it to 1"
-    if parallel.enable_dbo:
-        yield "compression needs whole batches and --enable-dbo splits them; drop it"
-    if vllm_config.kv_transfer_config is not None:
-        yield "compression moves cached entries and a KV connector expects them in place; drop --kv-transfer-config"
-    if vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events:
-        yield "compression moves cached entries and KV events report them in place; drop --kv-events-config"
-    if vllm_config.speculative_config is not None:
-        yield "compression needs one new token a step and speculative decoding gives several; drop --speculative-config"
-    if vllm_config.lora_config is not None:
-        yield "compression is not proven with LoRA adapters; drop --enable-lora"
-    if cache.cache_dtype != "auto":
-        yield f"compression moves entries of the model's own dtype and kv_cache_dtype is {cache.cache_dtype!r}; drop --kv-cache-dtype"
-    if cache.kv_sharing_fast_prefill:
-        yield "compression scores each layer's own cache and --kv-sharing-fast-prefill shares it; drop it"
-    if scheduler.scheduler_cls is not None:
-        yield f"compression brings its own scheduler and scheduler_cls is {scheduler.scheduler_cls!r}; drop --scheduler-cls"
-    if parallel.worker_cls not in _STOCK_WORKERS:
-        yield f"compression brings its own worker and worker_cls is {parallel.worker_cls!r}; drop --worker-cls"
-
-
-def _tsp_conflicts(vllm_config: VllmConfig, config: CompressionConfig) -> Iterator[str]:
-    if config.uses_tsp and vllm_config.cache_config.enable_prefix_caching:
-        yield (
-            "token-selective propagation leaves late layers without most prompt tokens and prefix caching would share "
-            'those blocks; drop --enable-prefix-caching or set "tsp_ratio": 1.0'
-        )
+    lines = [
+        f"- it needs {conflict.needs} and got {found}; {conflict.remedy}"
+        for conflict in CONFLICTS
+        if (config.uses_tsp or not conflict.tsp_only) and (found := conflict.found(vllm_config)) is not None
+    ]
+    if lines:
+        raise ValueError("\n".join([f"--kv-compression {config.method} cannot run:", *lines]))

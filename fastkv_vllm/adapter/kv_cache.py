@@ -128,9 +128,7 @@ class CompressingManager(FullAttentionManager):
             },
         )
 
-    def _reserved_blocks(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock]
-    ) -> int:
+    def _reserved_blocks(self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock]) -> int:
         """Free blocks an allocation must leave for prompts that finish in this step (prefix caching only).
 
         Each needs `num_pages` fresh blocks and gives back those prompt blocks that no other request holds. A hit in

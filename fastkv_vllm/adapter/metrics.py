@@ -64,7 +64,10 @@ class FastKVStatLogger(AggregateStatLoggerBase):
         self._counters = {name: Counter(name, text, labels) for name, text in COUNTERS.items()}
         self._left_alone = Counter(LEFT_ALONE, "Prompts not compressed, by reason.", [*labels, "reason"])
         self._stash = Gauge(
-            STASH_BYTES, "Bytes of rows that wait for their prompt's last chunk.", labels, multiprocess_mode="mostrecent"
+            STASH_BYTES,
+            "Bytes of rows that wait for their prompt's last chunk.",
+            labels,
+            multiprocess_mode="mostrecent",
         )
         for engine in self._engines:
             for counter in self._counters.values():

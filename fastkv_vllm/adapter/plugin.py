@@ -71,7 +71,7 @@ def _register_after_class_body(module: ModuleType) -> None:
     The name `dataclass` in that module is what decorates `AsyncEngineArgs`, its last class; we stand in for it until
     then.
     """
-    decorate = module.dataclass  # type: ignore[attr-defined]
+    decorate = module.dataclass
 
     def dataclass(*args: Any, **kwargs: Any) -> Any:
         made = decorate(*args, **kwargs)

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class TSPStep:
         cut, *late = layers[tsp_layer:]
         replacements = {cut: self._cut(cut.forward), **{layer: self._late(layer.forward) for layer in late}}
         for layer, forward in replacements.items():
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
         try:
             yield
         finally:
@@ -183,8 +184,9 @@ def segments_of(query_start: Sequence[int], prefills: Sequence[PrefillRows]) -> 
         prefills: requests with an unfinished prompt.
     """
     by_first = {prefill.first: prefill for prefill in prefills}
-    bounds = zip(query_start[:-1], query_start[1:], strict=True)
-    return [_Segment(i, first, end - first, by_first.get(first)) for i, (first, end) in enumerate(bounds)]
+    return [
+        _Segment(i, first, end - first, by_first.get(first)) for i, (first, end) in enumerate(pairwise(query_start))
+    ]
 
 
 def _late_batch(view: Any, going: Sequence[_Segment]) -> tuple[Any, tuple[PrefillRows, ...]]:

@@ -61,9 +61,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     """
     require_no_conflicts(vllm_config, config)
     model = vllm_config.model_config
-    config = config.for_model(
-        num_layers=model.get_total_num_hidden_layers(), max_model_len=model.max_model_len
-    )
+    config = config.for_model(num_layers=model.get_total_num_hidden_layers(), max_model_len=model.max_model_len)
     scheduler = "AsyncCompressionScheduler" if vllm_config.scheduler_config.async_scheduling else "CompressionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"

@@ -49,8 +49,8 @@ def check_integrity(
     wrong = {b: (count, held[b]) for b, count in ref_counts.items() if count != held[b]}
     _require(not wrong, f"reference counts differ from owners, block: (count, owners) = {wrong}")
     hashed_blocks = set(hashed)
-    for request_id, blocks in private.items():
-        bad = [b for b in blocks if b in hashed_blocks or held[b] != 1]
+    for request_id, own in private.items():
+        bad = [b for b in own if b in hashed_blocks or held[b] != 1]
         _require(not bad, f"compressed blocks of {request_id} are hashed or shared: {bad}")
 
 

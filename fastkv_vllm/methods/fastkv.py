@@ -1,6 +1,7 @@
 """FastKV: SnapKV's vote for the cache, and the same vote once more for the rows late layers see."""
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -31,4 +32,4 @@ class FastKV(Method):
         return window_scores(queries, keys, kernel_size=self.kernel_size, pooling=self.pooling)
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        return scores.sum(dim=0)
+        return reduce(torch.add, scores.unbind(dim=0))  # head by head, so that exact ties stay exact

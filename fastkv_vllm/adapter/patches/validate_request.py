@@ -15,7 +15,7 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
             raise ValueError(
                 "prompt_logprobs cannot be had from a server with token-selective propagation (--kv-compression "
                 "fastkv): late layers do not see all prompt tokens; leave prompt_logprobs out of the request or "
-                'serve with --kv-compression-config \'{"tsp_ratio": 1.0}\''
+                "serve with --kv-compression-config '{\"tsp_ratio\": 1.0}'"
             )
 
     return validate_request

@@ -7,9 +7,7 @@ from fastkv_vllm.kernels.window_scores.reference import window_scores_reference
 POOLINGS = ("max", "avg")
 
 
-def window_scores(
-    queries: torch.Tensor, keys: torch.Tensor, *, kernel_size: int, pooling: str
-) -> torch.Tensor:
+def window_scores(queries: torch.Tensor, keys: torch.Tensor, *, kernel_size: int, pooling: str) -> torch.Tensor:
     """Rate each key by the attention it gets from the window's queries.
 
     s[h, j] = sum over the group of pool_j(sum over the window of softmax_j(q . k_j)), columns of the window cut

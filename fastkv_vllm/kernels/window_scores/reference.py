@@ -1,12 +1,12 @@
 """Torch definition of `window_scores`: specification, CPU path and oracle."""
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 
 
-def window_scores_reference(
-    queries: torch.Tensor, keys: torch.Tensor, kernel_size: int, pooling: str
-) -> torch.Tensor:
+def window_scores_reference(queries: torch.Tensor, keys: torch.Tensor, kernel_size: int, pooling: str) -> torch.Tensor:
     """See `window_scores`; arguments are taken as checked."""
     window, num_query_heads, head_dim = queries.shape
     num_kv_heads, num_keys, _ = keys.shape
@@ -20,4 +20,6 @@ def window_scores_reference(
     votes = logits.softmax(dim=-1).sum(dim=2)[..., : num_keys - window]  # [H, G, N - W]
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
     pooled = pool(votes, kernel_size, stride=1, padding=kernel_size // 2)
-    return F.pad(pooled.sum(dim=1), (0, window), value=float("inf"))
+    # Added head by head: a vectorised sum may round its last columns differently and so break exact ties.
+    total = reduce(torch.add, pooled.unbind(dim=1))
+    return F.pad(total, (0, window), value=float("inf"))

@@ -1,0 +1,55 @@
+# make help lists the targets.
+.DEFAULT_GOAL := help
+SHELL := bash
+PY := .venv/bin/python
+CHECKPOINT ?= benchmarks/tiny_model/checkpoint
+HOST ?= 127.0.0.1
+PORT ?= 8000
+PYTEST_ARGS ?=
+
+# The checkpoint is in the repository: nothing is ever fetched from a hub.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+# GiB for the KV cache on CPU; vLLM's own default takes a large share of the host's memory.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.PHONY: help setup demo serve test lint format bench train-tiny docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make .venv (vLLM CPU build, tools, this project); a second run changes nothing
+	@bash scripts/setup.sh
+
+demo: setup ## Show what compression saves and what it keeps, on the tiny model
+	@$(PY) -m benchmarks.demo
+
+serve: setup ## Serve the tiny model with --kv-compression fastkv on HOST:PORT
+	.venv/bin/vllm serve $(CHECKPOINT) --kv-compression fastkv --kv-compression-config '{"tsp_layer": 5}' \
+		--host $(HOST) --port $(PORT) --served-model-name tiny --block-size 32 --max-model-len 4096 \
+		--no-enable-prefix-caching
+
+test: setup ## Run all tests (PYTEST_ARGS="-m 'not slow'" for fewer)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## Check style, formatting and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup ## Rewrite files in the house style
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: setup ## Measure speed and memory, compressed against plain vLLM
+	$(PY) -m benchmarks.speed
+
+train-tiny: setup ## Train the tiny model again (about ten minutes on one core)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.tiny_model.train
+
+docs: setup ## Build the documentation into site/
+	.venv/bin/mkdocs build --strict
+
+clean: ## Remove caches and build results; .venv stays
+	rm -rf {.,packaging/*}/{build,*.egg-info} dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
