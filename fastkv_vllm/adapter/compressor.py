@@ -128,8 +128,9 @@ class Compressor:
         scores = self.method.score(**{name: inputs[name] for name in self.method.needs})
         forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
         if layer == self.tsp_layer and prefill.plan.num_tsp is not None:
-            # Ranks hold some of the heads each: all must choose the same rows.
-            rating = tensor_model_parallel_all_reduce(self.method.propagation_scores(scores))
+            # Ranks hold some of the heads each: all must choose the same rows. The reduction is in place, the rating
+            # of a rank's only head is that head's scores: hence the copy.
+            rating = tensor_model_parallel_all_reduce(self.method.propagation_scores(scores).clone())
             rating = rating.masked_fill(forced, float("inf"))
             self.selected[prefill.request_id] = select(rating.unsqueeze(0), prefill.plan.num_tsp)[0]
         return scores.masked_fill(forced, float("inf"))
