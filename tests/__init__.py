@@ -1,0 +1,1 @@
+"""Tests of fastkv_vllm."""

@@ -1,0 +1,236 @@
+"""A slow, readable float32 decoder that reads a checkpoint and drops exactly the entries a method drops."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.reference.selection import Drop, select_positions, window_scores
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What greedy decoding gave, and which entries it had.
+
+    tokens, logprobs: chosen tokens and their log-probabilities.
+    margins: top-1 minus top-2 logit of each step; a small one tells a tie from an error.
+    kept: per layer the kept positions, [H, num_kept] int64, ascending; empty without a drop.
+    tsp_indices: positions that went on after the TSP layer, [num_tsp] int64, ascending; None without TSP.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    kept: list[Tensor]
+    tsp_indices: Tensor | None
+
+
+@dataclass
+class _Layer:
+    """Weights of one layer by short name, and its cache of roped keys and values, [H, N, D]."""
+
+    weights: dict[str, Tensor]
+    keys: Tensor
+    values: Tensor
+
+
+class ReferenceModel:
+    """Llama, Mistral, Qwen2, Qwen3, Phi-3 and Gemma 1 checkpoints, one sequence at a time, batch of one.
+
+    The families differ in what their checkpoint holds (biases, q/k norms, fused projections) and in Gemma's
+    three constants; everything else is one decoder.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        config = json.loads((Path(directory) / "config.json").read_text())
+        _refuse_unsupported(config)
+        is_gemma = config["model_type"] == "gemma"
+        self.hidden_size = config["hidden_size"]
+        self.num_heads = config["num_attention_heads"]
+        self.num_kv_heads = config["num_key_value_heads"]
+        self.head_dim = config.get("head_dim") or self.hidden_size // self.num_heads
+        self.eps = config["rms_norm_eps"]
+        self.rope_theta = config["rope_parameters"]["rope_theta"]
+        self.norm_offset = 1.0 if is_gemma else 0.0
+        self.embedding_scale = self.hidden_size**0.5 if is_gemma else 1.0
+        self.gelu = is_gemma
+
+        weights: dict[str, Tensor] = {}
+        for file in sorted(Path(directory).glob("*.safetensors")):
+            weights |= {
+                name.removeprefix("model."): tensor.float() for name, tensor in load_file(file).items()
+            }
+        self.embedding = weights["embed_tokens.weight"]
+        self.lm_head = self.embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
+        self.final_norm = weights["norm.weight"]
+        self.layer_weights = [self._layer_weights(weights, i) for i in range(config["num_hidden_layers"])]
+
+    @torch.inference_mode()
+    def logits(self, prompt: Sequence[int]) -> Tensor:
+        """Logits of every prompt row with nothing dropped, [P, vocabulary]."""
+        hidden, _, _, _ = self._prefill(prompt, drop=None)
+        return self._head(hidden)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_tokens: int, drop: Drop | None = None) -> Generation:
+        """Decode greedily for max_tokens tokens, whatever they are: no token stops it.
+
+        Prefill attention runs over all entries the layer sees; drop applies once, after it. What is
+        generated stays.
+
+        Raises: ValueError if drop does not fit the prompt.
+        """
+        hidden, layers, kept, tsp_indices = self._prefill(prompt, drop)
+        tokens, logprobs, margins = [], [], []
+        while True:
+            logits = self._head(hidden[-1])
+            best = logits.topk(2).values
+            tokens.append(int(logits.argmax()))
+            logprobs.append(float(logits.log_softmax(dim=-1)[tokens[-1]]))
+            margins.append(float(best[0] - best[1]))
+            if len(tokens) == max_tokens:
+                return Generation(tokens, logprobs, margins, kept, tsp_indices)
+            hidden = self._decode(layers, tokens[-1], position=len(prompt) + len(tokens) - 1)
+
+    def _prefill(
+        self, prompt: Sequence[int], drop: Drop | None
+    ) -> tuple[Tensor, list[_Layer], list[Tensor], Tensor | None]:
+        """Run the prompt: the last layer's hidden rows, the layers after dropping, kept and tsp_indices."""
+        if drop is not None:
+            drop.check_fits(len(prompt), len(self.layer_weights))
+        layers, kept, tsp_indices = [], [], None
+        positions = torch.arange(len(prompt))
+        hidden = self._embed(prompt)
+        for index, weights in enumerate(self.layer_weights):
+            queries, keys, values = self._project(weights, hidden, positions)
+            hidden = self._finish(weights, hidden, _attend(queries, keys, values))
+            if drop is not None:
+                scores = _score(queries, keys, positions, drop)
+                stay = torch.stack([_select(head, positions, drop.num_kept, drop) for head in scores])
+                kept.append(stay)
+                keys, values = _take(keys, positions, stay), _take(values, positions, stay)
+                if index == drop.tsp_layer:
+                    positions = tsp_indices = _select(sum(scores), positions, drop.num_tsp, drop)
+                    hidden = hidden[
+                        tsp_indices
+                    ]  # up to here all rows are present: a row's index is its position
+            layers.append(_Layer(weights, keys, values))
+        return hidden, layers, kept, tsp_indices
+
+    def _decode(self, layers: list[_Layer], token: int, position: int) -> Tensor:
+        """Run one token, append its entries to every cache, return its hidden row, [1, hidden_size]."""
+        hidden = self._embed([token])
+        for layer in layers:
+            queries, keys, values = self._project(layer.weights, hidden, torch.tensor([position]))
+            layer.keys = torch.cat([layer.keys, keys], dim=1)
+            layer.values = torch.cat([layer.values, values], dim=1)
+            hidden = self._finish(layer.weights, hidden, _attend(queries, layer.keys, layer.values))
+        return hidden
+
+    def _layer_weights(self, weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Weights of one layer by short name, such as "q_proj.weight"; fused projections are split."""
+        prefix = f"layers.{index}."
+        layer = {
+            name.removeprefix(prefix).removeprefix("self_attn.").removeprefix("mlp."): tensor
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        }
+        if "qkv_proj.weight" in layer:
+            q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+            q, k, v = layer.pop("qkv_proj.weight").split([q_size, kv_size, kv_size])
+            gate, up = layer.pop("gate_up_proj.weight").chunk(2)
+            names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+            layer |= {
+                f"{name}.weight": tensor for name, tensor in zip(names, (q, k, v, gate, up), strict=True)
+            }
+        return layer
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        return self.embedding[list(tokens)] * self.embedding_scale
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self._norm(hidden, self.final_norm) @ self.lm_head.T
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt() * (weight + self.norm_offset)
+
+    def _project(
+        self, weights: dict[str, Tensor], hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Roped queries [Hq, n, D], roped keys [H, n, D] and values [H, n, D] of the rows in hidden."""
+        x = self._norm(hidden, weights["input_layernorm.weight"])
+        queries = _linear(x, weights, "q_proj").unflatten(-1, (self.num_heads, self.head_dim))
+        keys = _linear(x, weights, "k_proj").unflatten(-1, (self.num_kv_heads, self.head_dim))
+        values = _linear(x, weights, "v_proj").unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if "q_norm.weight" in weights:
+            queries = self._norm(queries, weights["q_norm.weight"])
+            keys = self._norm(keys, weights["k_norm.weight"])
+        queries, keys, values = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+        return self._rope(queries, positions), self._rope(keys, positions), values
+
+    def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + D/2) of each row by its position; x is [heads, n, D]."""
+        # float32 in this order of operations, as in transformers and vLLM: one rounding is 1e-4 rad at 2000.
+        frequencies = 1.0 / self.rope_theta ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+        angles = positions[:, None].float() * frequencies  # [n, D/2]
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def _finish(self, weights: dict[str, Tensor], hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer after its attention: output projection and MLP, each added to the residual stream."""
+        hidden = hidden + _linear(attended, weights, "o_proj")
+        x = self._norm(hidden, weights["post_attention_layernorm.weight"])
+        gate = _linear(x, weights, "gate_proj")
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return hidden + _linear(gate * _linear(x, weights, "up_proj"), weights, "down_proj")
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of the last n of N rows, [Hq, n, D] over [H, N, D] -> [n, Hq * D]."""
+    group_size = queries.shape[0] // keys.shape[0]
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    keys, values = keys.repeat_interleave(group_size, dim=0), values.repeat_interleave(group_size, dim=0)
+    logits = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
+    future = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1 + num_keys - num_queries)
+    attended = logits.masked_fill(future, -torch.inf).softmax(dim=-1) @ values
+    return attended.transpose(0, 1).flatten(1)
+
+
+def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def _score(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tensor:
+    """Importance of the rows, [H, n or n - window_size]; without scores, how late a row is."""
+    if drop.has_scores:
+        return window_scores(queries, keys, drop)
+    return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
+
+
+def _select(scores: Tensor, positions: Tensor, count: int, drop: Drop) -> Tensor:
+    return torch.tensor(select_positions(scores.tolist(), positions.tolist(), count, drop))
+
+
+def _take(cache: Tensor, positions: Tensor, stay: Tensor) -> Tensor:
+    """Entries that stay: cache [H, n, D] at positions [n], stay [H, K] -> [H, K, D]."""
+    rows = torch.searchsorted(positions, stay)
+    return torch.stack([cache[head, rows[head]] for head in range(cache.shape[0])])
+
+
+def _refuse_unsupported(config: dict) -> None:
+    supported = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma")
+    rope = config["rope_parameters"]
+    if config["model_type"] not in supported:
+        raise NotImplementedError(
+            f"model_type must be one of {', '.join(supported)}; got {config['model_type']!r}"
+        )
+    if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise NotImplementedError(f"only plain RoPE over the whole head is supported; got {rope}")
+    if config.get("sliding_window") is not None:
+        raise NotImplementedError(f"sliding_window must be null; got {config['sliding_window']}")

@@ -1,0 +1,115 @@
+"""Which entries a method drops: scores and choices as loops and sorts, to be read rather than to be fast."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW_METHODS = ("fastkv", "snapkv")
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Which entries a method drops at the end of the prompt.
+
+    method: "fastkv" or "snapkv" (the last window_size queries vote), "streamingllm" (the most recent stay).
+    num_kept: entries per layer and KV head that stay, forced ones included. A layer that saw fewer keeps all.
+    forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
+    window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
+    num_sink: positions below it always stay and are always propagated.
+    tsp_layer: 0-based, inclusive: layers up to it see every row. None: no layer sees fewer.
+    num_tsp: rows propagated after tsp_layer, forced ones included.
+    """
+
+    method: str
+    num_kept: int
+    forced_from: int
+    window_size: int = 8
+    kernel_size: int = 7
+    pooling: str = "max"
+    num_sink: int = 0
+    tsp_layer: int | None = None
+    num_tsp: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in (*_WINDOW_METHODS, "streamingllm"):
+            raise ValueError(f"method must be fastkv, snapkv or streamingllm; got {self.method!r}")
+        if self.pooling not in ("max", "avg"):
+            raise ValueError(f"pooling must be max or avg; got {self.pooling!r}")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, or pooling shifts positions; got {self.kernel_size}")
+        if (self.tsp_layer is None) != (self.num_tsp is None):
+            raise ValueError(f"tsp_layer and num_tsp go together; got {self.tsp_layer} and {self.num_tsp}")
+        if self.tsp_layer is not None and not self.has_scores:
+            raise ValueError(f"tsp_layer needs a method with scores; got {self.method!r}")
+
+    @property
+    def has_scores(self) -> bool:
+        return self.method in _WINDOW_METHODS
+
+    def is_forced(self, position: int) -> bool:
+        return position < self.num_sink or position >= self.forced_from
+
+    def check_fits(self, num_tokens: int, num_layers: int) -> None:
+        """Raise ValueError if a window column of the prompt is not forced or the TSP layer does not exist."""
+        if self.tsp_layer is not None and not 0 <= self.tsp_layer < num_layers:
+            raise ValueError(f"tsp_layer must be in [0, {num_layers}); got {self.tsp_layer}")
+        if self.has_scores and not 0 <= self.forced_from <= num_tokens - self.window_size:
+            raise ValueError(
+                f"forced_from must be in [0, {num_tokens} - {self.window_size}] to cover the window; "
+                f"got {self.forced_from}"
+            )
+
+
+def window_scores(queries: Tensor, keys: Tensor, drop: Drop) -> Tensor:
+    """Votes of the last window_size queries for every earlier key, per KV head.
+
+    S[k, j] = sum over the query heads h of k of pool_j(sum over w of softmax_j(Q[h, w] . K[k, j] / sqrt(D))).
+
+    Args:
+        queries: roped queries of the layer, [Hq, n, D], float32.
+        keys: roped keys of the layer, [H, n, D], float32.
+    Returns: [H, n - window_size], float32: the window's own columns vote in the softmax but have no score.
+    Source: FastKV, arXiv 2502.01068 and its baselines/fastkv/utils.py; SnapKV, arXiv 2404.14469, per KV head.
+    """
+    num_heads, num_rows, head_dim = queries.shape
+    num_kv_heads, window = keys.shape[0], drop.window_size
+    group_size = num_heads // num_kv_heads
+    num_scored = num_rows - window
+
+    scores = torch.zeros(num_kv_heads, num_scored)
+    for head in range(num_heads):
+        kv_head = head // group_size
+        logits = queries[head, num_scored:] @ keys[kv_head].T / head_dim**0.5  # [W, n]
+        for w in range(window):
+            logits[w, num_scored + w + 1 :] = -torch.inf
+        votes = torch.zeros(num_scored)
+        for row in logits.softmax(dim=-1):
+            votes += row[:num_scored]
+        scores[kv_head] += pool(votes, drop.kernel_size, drop.pooling)
+    return scores
+
+
+def pool(votes: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Maximum or mean of kernel_size columns around each one, [n] -> [n]; outside, the mean counts zeros."""
+    radius, num_columns = kernel_size // 2, votes.shape[0]
+    padded = F.pad(votes, (radius, radius), value=-torch.inf if pooling == "max" else 0.0)
+    shifted = torch.stack([padded[i : i + num_columns] for i in range(kernel_size)])
+    return shifted.amax(dim=0) if pooling == "max" else shifted.sum(dim=0) / kernel_size
+
+
+def select_positions(scores: Sequence[float], positions: Sequence[int], count: int, drop: Drop) -> list[int]:
+    """The count positions that stay, ascending: forced ones, then the highest scores, ties by lower position.
+
+    scores[i] belongs to positions[i]; positions beyond the last score must be forced.
+    """
+    forced = [p for p in positions if drop.is_forced(p)]
+    assert len(forced) <= count, f"{len(forced)} positions are forced, more than the {count} that may stay"
+    assert all(drop.is_forced(p) for p in positions[len(scores) :]), (
+        "a position without a score is not forced"
+    )
+    rated = [(-score, p) for score, p in zip(scores, positions, strict=False) if not drop.is_forced(p)]
+    best = [p for _, p in sorted(rated)][: count - len(forced)]
+    return sorted(forced + best)

@@ -1,0 +1,347 @@
+"""The oracle itself: its model against transformers, its dropping against both that and hand-made cases."""
+
+import ast
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from tests.reference import FAMILIES, Drop, ReferenceModel, make_checkpoint
+from tests.reference.selection import select_positions, window_scores
+
+NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
+SNAPKV = Drop("snapkv", NUM_KEPT, FORCED_FROM)
+FASTKV = Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TSP, num_sink=2)
+STREAMINGLLM = Drop("streamingllm", NUM_KEPT, FORCED_FROM, num_sink=4)
+AVERAGE = Drop("snapkv", NUM_KEPT, FORCED_FROM, window_size=5, kernel_size=3, pooling="avg")
+DROPS = pytest.mark.parametrize(
+    "drop", [SNAPKV, FASTKV, STREAMINGLLM, AVERAGE], ids=["snapkv", "fastkv", "streamingllm", "avg"]
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(family: str) -> Path:
+        return root / family if (root / family).exists() else make_checkpoint(root / family, family)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(checkpoint: Callable[[str], Path]) -> ReferenceModel:
+    return ReferenceModel(checkpoint("llama"))
+
+
+@pytest.fixture(scope="session")
+def prompt() -> list[int]:
+    return torch.randint(3, 512, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def load_transformers(
+    directory: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
+
+
+# The whole model, nothing dropped
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_logits_are_as_accurate_as_transformers(
+    family: str, checkpoint: Callable[[str], Path], prompt: list[int]
+) -> None:
+    directory = checkpoint(family)
+    exact = load_transformers(directory, torch.float64)(torch.tensor([prompt])).logits[0]
+    theirs = load_transformers(directory)(torch.tensor([prompt])).logits[0]
+    ours = ReferenceModel(directory).logits(prompt)
+    rounding_step = torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= 2 * ((theirs - exact).abs().max() + rounding_step)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_decode_equals_transformers_on_the_whole_text(
+    family: str, checkpoint: Callable[[str], Path], prompt: list[int]
+) -> None:
+    directory = checkpoint(family)
+    generation = ReferenceModel(directory).generate(prompt, max_tokens=60)
+    logits = load_transformers(directory)(torch.tensor([prompt + generation.tokens])).logits[
+        0, NUM_TOKENS - 1 : -1
+    ]
+    top = logits.topk(2).values
+    expected = logits.log_softmax(dim=-1)[torch.arange(60), generation.tokens]
+    assert logits.argmax(dim=-1).tolist() == generation.tokens
+    torch.testing.assert_close(torch.tensor(generation.logprobs), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(generation.margins), top[:, 0] - top[:, 1], rtol=0, atol=1e-4)
+    assert generation.kept == [] and generation.tsp_indices is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_tokens_vary_and_ties_are_rare(
+    family: str, checkpoint: Callable[[str], Path], prompt: list[int]
+) -> None:
+    generation = ReferenceModel(checkpoint(family)).generate(prompt, max_tokens=60)
+    assert len(set(generation.tokens)) >= 30
+    assert sum(margin < 1e-3 for margin in generation.margins) <= 3
+
+
+def test_checkpoint_depends_on_the_seed_only(tmp_path: Path) -> None:
+    first, again, other = (
+        (
+            make_checkpoint(tmp_path / name, "qwen2", num_layers=1, seed=seed) / "model.safetensors"
+        ).read_bytes()
+        for name, seed in (("first", 5), ("again", 5), ("other", 6))
+    )
+    assert first == again != other
+
+
+# Dropping everything or nothing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_is_no_drop(family: str, checkpoint: Callable[[str], Path], prompt: list[int]) -> None:
+    model = ReferenceModel(checkpoint(family))
+    full = model.generate(prompt, max_tokens=20)
+    keep_all = Drop("fastkv", NUM_TOKENS, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TOKENS)
+    kept = model.generate(prompt, max_tokens=20, drop=keep_all)
+    assert (kept.tokens, kept.logprobs) == (full.tokens, full.logprobs)
+    assert all(torch.equal(layer, torch.arange(NUM_TOKENS).expand(2, -1)) for layer in kept.kept)
+
+
+def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> None:
+    without = llama.generate(prompt, 20, SNAPKV)
+    with_tsp = llama.generate(
+        prompt, 20, Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TOKENS)
+    )
+    assert with_tsp.tokens == without.tokens
+    assert all(torch.equal(a, b) for a, b in zip(with_tsp.kept, without.kept, strict=True))
+
+
+# Which entries stay
+
+
+@DROPS
+def test_kept_sets_are_sorted_counted_and_hold_the_forced(
+    drop: Drop, llama: ReferenceModel, prompt: list[int]
+) -> None:
+    generation = llama.generate(prompt, 1, drop)
+    forced = {*range(drop.num_sink), *range(FORCED_FROM, NUM_TOKENS)}
+    for layer in generation.kept:
+        assert layer.shape == (2, NUM_KEPT) and layer.dtype == torch.int64
+        assert (layer.diff(dim=1) > 0).all()
+        assert all(forced <= set(head.tolist()) for head in layer)
+
+
+def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(
+    llama: ReferenceModel, prompt: list[int]
+) -> None:
+    generation = llama.generate(prompt, 1, FASTKV)
+    propagated = set(generation.tsp_indices.tolist())
+    assert generation.tsp_indices.shape == (NUM_TSP,) and (generation.tsp_indices.diff() > 0).all()
+    assert {0, 1, *range(FORCED_FROM, NUM_TOKENS)} <= propagated
+    assert all(set(layer.flatten().tolist()) <= propagated for layer in generation.kept[TSP_LAYER + 1 :])
+    assert any(set(layer.flatten().tolist()) - propagated for layer in generation.kept[: TSP_LAYER + 1])
+
+
+def test_a_late_layer_that_saw_fewer_keeps_them_all(llama: ReferenceModel, prompt: list[int]) -> None:
+    generation = llama.generate(
+        prompt, 1, Drop("fastkv", 60, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_KEPT)
+    )
+    assert [layer.shape[1] for layer in generation.kept] == [60] * 4 + [NUM_KEPT] * 4
+    assert torch.equal(generation.kept[-1], generation.tsp_indices.expand(2, -1))
+
+
+def test_streamingllm_keeps_sinks_and_the_most_recent(llama: ReferenceModel, prompt: list[int]) -> None:
+    expected = [*range(4), *range(NUM_TOKENS - NUM_KEPT + 4, NUM_TOKENS)]
+    assert all(
+        head.tolist() == expected for layer in llama.generate(prompt, 1, STREAMINGLLM).kept for head in layer
+    )
+
+
+def test_window_scores_by_hand() -> None:
+    # Head 0 weighs the five keys 4:1:1:2:2, head 1 1:1:4:2:2; of two window queries the first sees four keys.
+    # Votes of head 0: (4/8 + 4/10, 1/8 + 1/10, 1/8 + 1/10) = (0.9, 0.225, 0.225); of head 1: the reverse.
+    weights = torch.tensor([[4.0, 1, 1, 2, 2], [1, 1, 4, 2, 2]])
+    keys = weights.log().T[None] * math.sqrt(2)  # [1, 5, 2]
+    queries = torch.eye(2)[:, None].expand(2, 5, 2)  # [2, 5, 2]
+    expected = {
+        ("max", 1): [1.125, 0.45, 1.125],
+        ("max", 3): [
+            0.9 + 0.225,
+            0.9 + 0.9,
+            0.225 + 0.9,
+        ],  # pooled per query head; the sum's maximum would be 1.125 thrice
+        ("avg", 3): [
+            1.125 / 3 + 0.45 / 3,
+            1.35 / 3 + 1.35 / 3,
+            0.45 / 3 + 1.125 / 3,
+        ],  # a place outside counts as zero
+    }
+    for (pooling, kernel_size), scores in expected.items():
+        drop = Drop("snapkv", 3, 3, window_size=2, kernel_size=kernel_size, pooling=pooling)
+        torch.testing.assert_close(window_scores(queries, keys, drop), torch.tensor([scores]))
+
+
+def test_window_scores_add_up_within_a_group_only() -> None:
+    generator = torch.Generator().manual_seed(3)
+    queries, keys = torch.randn(6, 30, 8, generator=generator), torch.randn(2, 30, 8, generator=generator)
+    scores = window_scores(queries, keys, SNAPKV)
+    torch.testing.assert_close(scores[:1], window_scores(queries[:3], keys[:1], SNAPKV))
+    torch.testing.assert_close(scores[1:], window_scores(queries[3:], keys[1:], SNAPKV))
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "expected"),
+    [
+        (
+            [5.0, 7, 7, 7, 1, 9],
+            5,
+            [13, 15, 34, 55, 89],
+        ),  # three tie for two places beside the forced 34, 55, 89
+        ([5.0, 7, 7, 7, 1, 9], 6, [13, 15, 21, 34, 55, 89]),
+        ([0.0] * 6, 4, [3, 34, 55, 89]),  # all tie
+        ([0.0] * 6, 3, [34, 55, 89]),  # no place beyond the forced
+        ([0.0] * 6, 99, [3, 13, 15, 21, 30, 34, 55, 89]),
+    ],
+)
+def test_ties_go_to_the_lower_position(scores: list[float], count: int, expected: list[int]) -> None:
+    positions = [3, 13, 15, 21, 30, 34, 55, 89]
+    assert (
+        select_positions(scores, positions, count, Drop("snapkv", 3, forced_from=34, window_size=2))
+        == expected
+    )
+
+
+def test_sinks_are_forced_whatever_their_score() -> None:
+    drop = Drop("snapkv", 4, forced_from=6, window_size=2, num_sink=1)
+    assert select_positions([-9.0, 1, 2, 3, 4, 5], list(range(8)), 4, drop) == [0, 5, 6, 7]
+
+
+@pytest.mark.parametrize("drop", [SNAPKV, AVERAGE, FASTKV], ids=["max", "avg", "tsp"])
+@torch.inference_mode()
+def test_kept_entries_outscore_the_dropped_by_transformers_attention(
+    drop: Drop, checkpoint: Callable[[str], Path], llama: ReferenceModel, prompt: list[int]
+) -> None:
+    model = load_transformers(checkpoint("llama"), attention="eager")
+    attentions = model(torch.tensor([prompt]), output_attentions=True).attentions[: TSP_LAYER + 1]
+    generation = llama.generate(prompt, 1, drop)
+    pool = F.max_pool1d if drop.pooling == "max" else F.avg_pool1d
+    for layer, kept in zip(attentions, generation.kept, strict=False):
+        votes = layer[0, :, -drop.window_size :, : -drop.window_size].sum(dim=1)
+        scores = (
+            pool(votes, drop.kernel_size, stride=1, padding=drop.kernel_size // 2)
+            .unflatten(0, (2, 2))
+            .sum(dim=1)
+        )
+        for head in range(2):
+            assert_outscored(scores[head], kept[head], drop)
+    if generation.tsp_indices is not None:
+        assert_outscored(scores.sum(dim=0), generation.tsp_indices, drop)
+
+
+def assert_outscored(scores: Tensor, stayed: Tensor, drop: Drop) -> None:
+    candidates = set(range(drop.num_sink, FORCED_FROM))
+    best, dropped = candidates & set(stayed.tolist()), candidates - set(stayed.tolist())
+    assert best and dropped
+    assert scores[list(best)].min() >= scores[list(dropped)].max() - 1e-6
+
+
+# What is computed from them
+
+
+@DROPS
+@torch.inference_mode()
+def test_prefill_and_decode_equal_transformers_on_the_same_entries(
+    drop: Drop, checkpoint: Callable[[str], Path], llama: ReferenceModel, prompt: list[int]
+) -> None:
+    generation = llama.generate(prompt, 60, drop)
+    model = load_transformers(checkpoint("llama"))
+    logits, cache = prefill_and_drop(model, prompt, generation.kept, drop.tsp_layer, generation.tsp_indices)
+    for step, (token, logprob) in enumerate(zip(generation.tokens, generation.logprobs, strict=True)):
+        assert int(logits.argmax()) == token, f"step {step}, margin {generation.margins[step]}"
+        assert abs(float(logits.log_softmax(dim=-1)[token]) - logprob) < 1e-4
+        position = torch.tensor([[NUM_TOKENS + step]])
+        logits = model(torch.tensor([[token]]), position_ids=position, past_key_values=cache).logits[0, -1]
+
+
+def prefill_and_drop(
+    model: torch.nn.Module,
+    prompt: list[int],
+    kept: list[Tensor],
+    tsp_layer: int | None,
+    tsp_indices: Tensor | None,
+) -> tuple[Tensor, DynamicCache]:
+    """Transformers' layers one by one: cut the rows after tsp_layer, gather each head's kept entries."""
+    full, compressed = DynamicCache(), DynamicCache()
+    positions, hidden = torch.arange(len(prompt)), model.model.embed_tokens(torch.tensor([prompt]))
+    for index, layer in enumerate(model.model.layers):
+        rope = model.model.rotary_emb(hidden, positions[None])
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=full)
+        rows = (positions == kept[index][..., None]).long().argmax(dim=-1)[None, :, :, None]  # [1, H, K, 1]
+        entries = [
+            cache.gather(2, rows.expand(-1, -1, -1, 32))
+            for cache in (full.layers[index].keys, full.layers[index].values)
+        ]
+        compressed.update(*entries, index)
+        if index == tsp_layer:
+            hidden, positions = hidden[:, tsp_indices], tsp_indices
+    return model.lm_head(model.model.norm(hidden[0, -1])), compressed
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "h2o"}, "method must be"),
+        ({"pooling": "min"}, "pooling must be"),
+        ({"kernel_size": 4}, "must be odd"),
+        ({"tsp_layer": 3}, "go together"),
+        ({"method": "streamingllm", "tsp_layer": 3, "num_tsp": 9}, "needs a method with scores"),
+    ],
+)
+def test_drop_refuses(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Drop(**({"method": "fastkv", "num_kept": 9, "forced_from": 9} | settings))
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        (Drop("snapkv", NUM_KEPT, NUM_TOKENS - 7), "cover the window"),
+        (
+            Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=8, num_tsp=NUM_TSP),
+            r"tsp_layer must be in \[0, 8\)",
+        ),
+    ],
+)
+def test_generate_refuses(drop: Drop, message: str, llama: ReferenceModel, prompt: list[int]) -> None:
+    with pytest.raises(ValueError, match=message):
+        llama.generate(prompt, 1, drop)
+
+
+def test_checkpoint_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="family must be one of llama"):
+        make_checkpoint(tmp_path, "gpt2")
+    with pytest.raises(ValueError, match="num_heads \\* head_dim == hidden_size"):
+        make_checkpoint(tmp_path, "phi3", head_dim=64)
+
+
+def test_reference_imports_neither_side_of_what_it_judges() -> None:
+    for file in (Path(__file__).parent / "reference").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", None) or ""]
+            )
+            assert not {name.split(".")[0] for name in names} & {"vllm", "fastkv_vllm"}, file.name
