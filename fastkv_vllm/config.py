@@ -70,6 +70,9 @@ class CompressionConfig:
         if self.retention_ratio is not None and self.tsp_ratio is not None:
             rule = f"at least retention_ratio = {self.retention_ratio}: late layers cannot keep more than they see"
             _check(self.tsp_ratio >= self.retention_ratio, "tsp_ratio", rule, self)
+        if self.budget is not None and self.tsp_tokens is not None:
+            rule = f"at least budget = {self.budget}: late layers cannot keep more than they see"
+            _check(self.tsp_tokens >= self.budget, "tsp_tokens", rule, self)
 
     @classmethod
     def from_mapping(cls, method: str, mapping: Mapping[str, Any]) -> "CompressionConfig":
@@ -104,20 +107,22 @@ class CompressionConfig:
             return self
         layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
         limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
-        filled = dataclasses.replace(self, tsp_layer=layer, max_tsp_tokens=limit)
-        _check(0 <= layer < num_layers - 1, "tsp_layer", f"in 0..{num_layers - 2}, the model has {num_layers}", filled)
-        _check(
-            limit >= max_model_len,
-            "max_tsp_tokens",
-            f"at least the model's maximum length {max_model_len}; raise it or lower --max-model-len",
-            filled,
-        )
-        return filled
+        if not 0 <= layer < num_layers - 1:
+            raise ValueError(
+                f"kv_compression_config: tsp_layer must be in 0..{num_layers - 2}, the model has {num_layers} layers; "
+                f"got {layer}"
+            )
+        if limit < max_model_len:
+            raise ValueError(
+                f"kv_compression_config: max_tsp_tokens must be at least the model's maximum length {max_model_len}; "
+                f"got {limit}; raise it or lower --max-model-len"
+            )
+        return dataclasses.replace(self, tsp_layer=layer, max_tsp_tokens=limit)
 
     @property
     def uses_tsp(self) -> bool:
-        """Whether late layers see fewer rows than early ones."""
-        return method_class(self.method).propagates and self.tsp_ratio != 1.0
+        """Whether late layers may see fewer rows than early ones."""
+        return method_class(self.method).propagates and 1.0 not in (self.tsp_ratio, self.retention_ratio)
 
     def make_method(self) -> Method:
         """The configured method object."""

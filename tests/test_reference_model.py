@@ -44,9 +44,7 @@ def prompt() -> list[int]:
     return torch.randint(3, 512, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def load_transformers(
-    directory: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
-) -> torch.nn.Module:
+def load_transformers(directory: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
 
 
@@ -73,9 +71,7 @@ def test_decode_equals_transformers_on_the_whole_text(
 ) -> None:
     directory = checkpoint(family)
     generation = ReferenceModel(directory).generate(prompt, max_tokens=60)
-    logits = load_transformers(directory)(torch.tensor([prompt + generation.tokens])).logits[
-        0, NUM_TOKENS - 1 : -1
-    ]
+    logits = load_transformers(directory)(torch.tensor([prompt + generation.tokens])).logits[0, NUM_TOKENS - 1 : -1]
     top = logits.topk(2).values
     expected = logits.log_softmax(dim=-1)[torch.arange(60), generation.tokens]
     assert logits.argmax(dim=-1).tolist() == generation.tokens
@@ -95,9 +91,7 @@ def test_generated_tokens_vary_and_ties_are_rare(
 
 def test_checkpoint_depends_on_the_seed_only(tmp_path: Path) -> None:
     first, again, other = (
-        (
-            make_checkpoint(tmp_path / name, "qwen2", num_layers=1, seed=seed) / "model.safetensors"
-        ).read_bytes()
+        (make_checkpoint(tmp_path / name, "qwen2", num_layers=1, seed=seed) / "model.safetensors").read_bytes()
         for name, seed in (("first", 5), ("again", 5), ("other", 6))
     )
     assert first == again != other
@@ -129,9 +123,7 @@ def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> 
 
 
 @DROPS
-def test_kept_sets_are_sorted_counted_and_hold_the_forced(
-    drop: Drop, llama: ReferenceModel, prompt: list[int]
-) -> None:
+def test_kept_sets_are_sorted_counted_and_hold_the_forced(drop: Drop, llama: ReferenceModel, prompt: list[int]) -> None:
     generation = llama.generate(prompt, 1, drop)
     forced = {*range(drop.num_sink), *range(FORCED_FROM, NUM_TOKENS)}
     for layer in generation.kept:
@@ -140,9 +132,7 @@ def test_kept_sets_are_sorted_counted_and_hold_the_forced(
         assert all(forced <= set(head.tolist()) for head in layer)
 
 
-def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(
-    llama: ReferenceModel, prompt: list[int]
-) -> None:
+def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(llama: ReferenceModel, prompt: list[int]) -> None:
     generation = llama.generate(prompt, 1, FASTKV)
     propagated = set(generation.tsp_indices.tolist())
     assert generation.tsp_indices.shape == (NUM_TSP,) and (generation.tsp_indices.diff() > 0).all()
@@ -152,18 +142,14 @@ def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(
 
 
 def test_a_late_layer_that_saw_fewer_keeps_them_all(llama: ReferenceModel, prompt: list[int]) -> None:
-    generation = llama.generate(
-        prompt, 1, Drop("fastkv", 60, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_KEPT)
-    )
+    generation = llama.generate(prompt, 1, Drop("fastkv", 60, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_KEPT))
     assert [layer.shape[1] for layer in generation.kept] == [60] * 4 + [NUM_KEPT] * 4
     assert torch.equal(generation.kept[-1], generation.tsp_indices.expand(2, -1))
 
 
 def test_streamingllm_keeps_sinks_and_the_most_recent(llama: ReferenceModel, prompt: list[int]) -> None:
     expected = [*range(4), *range(NUM_TOKENS - NUM_KEPT + 4, NUM_TOKENS)]
-    assert all(
-        head.tolist() == expected for layer in llama.generate(prompt, 1, STREAMINGLLM).kept for head in layer
-    )
+    assert all(head.tolist() == expected for layer in llama.generate(prompt, 1, STREAMINGLLM).kept for head in layer)
 
 
 def test_window_scores_by_hand() -> None:
@@ -214,10 +200,7 @@ def test_window_scores_add_up_within_a_group_only() -> None:
 )
 def test_ties_go_to_the_lower_position(scores: list[float], count: int, expected: list[int]) -> None:
     positions = [3, 13, 15, 21, 30, 34, 55, 89]
-    assert (
-        select_positions(scores, positions, count, Drop("snapkv", 3, forced_from=34, window_size=2))
-        == expected
-    )
+    assert select_positions(scores, positions, count, Drop("snapkv", 3, forced_from=34, window_size=2)) == expected
 
 
 def test_sinks_are_forced_whatever_their_score() -> None:
@@ -236,11 +219,7 @@ def test_kept_entries_outscore_the_dropped_by_transformers_attention(
     pool = F.max_pool1d if drop.pooling == "max" else F.avg_pool1d
     for layer, kept in zip(attentions, generation.kept, strict=False):
         votes = layer[0, :, -drop.window_size :, : -drop.window_size].sum(dim=1)
-        scores = (
-            pool(votes, drop.kernel_size, stride=1, padding=drop.kernel_size // 2)
-            .unflatten(0, (2, 2))
-            .sum(dim=1)
-        )
+        scores = pool(votes, drop.kernel_size, stride=1, padding=drop.kernel_size // 2).unflatten(0, (2, 2)).sum(dim=1)
         for head in range(2):
             assert_outscored(scores[head], kept[head], drop)
     if generation.tsp_indices is not None:

@@ -111,6 +111,17 @@ class CompressingManager(FullAttentionManager):
         """Prompt tokens of requests whose residual rows wait for their last chunk."""
         return sum(self.plans[rid].num_tokens for rid in self.stashing)
 
+    def check_idle(self) -> None:
+        """Without requests all blocks are free and nothing is remembered; constant time.
+
+        Raises:
+            RuntimeError: a block was lost or a request's state was left behind.
+        """
+        free, total = self.block_pool.get_num_free_blocks(), self.block_pool.num_gpu_blocks - 1
+        left = [*self.plans, *self.finishing, *self.stashing, *self.null_blocks]
+        if free != total or left:
+            raise RuntimeError(f"block pool integrity: idle with {free} of {total} blocks free and state of {left}")
+
     def check_integrity(self) -> None:
         """Raise RuntimeError where blocks are lost, held twice or shared against the rules."""
         pool = self.block_pool

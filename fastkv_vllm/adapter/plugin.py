@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -14,6 +15,7 @@ _ARG_UTILS = "vllm.engine.arg_utils"
 
 def register() -> None:
     """`vllm.general_plugins`: teach vLLM's engine arguments ours. Idempotent; changes nothing without the flag."""
+    import_module(_ARG_UTILS)  # first: its import may call us back through `platform_hook`
     from fastkv_vllm.adapter.patches import engine_args_cli, engine_args_config, engine_args_init
 
     engine_args_init.add_fields()

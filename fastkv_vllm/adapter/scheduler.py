@@ -91,7 +91,7 @@ class _CompressionMixin(Scheduler):
             self._unreported.add_worker(stats)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.has_unfinished_requests():
-            self.manager.check_integrity()
+            self.manager.check_idle()
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
+from fastkv_vllm.adapter.patches.engine_args_init import configured
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.config import CompressionConfig
 
@@ -32,14 +33,11 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     Raises:
         ValueError, RuntimeError: the arguments do not fit, or this vLLM is not supported.
     """
-    method, mapping = args.kv_compression, args.kv_compression_config
-    if method is None:
-        if mapping is not None:
-            raise ValueError("--kv-compression-config is given without --kv-compression; name a method too")
+    config = configured(args)
+    if config is None:
         validate_request.PATCH.uninstall()
         return None
     require_supported_vllm()
-    config = CompressionConfig.from_mapping(method, {} if mapping is None else mapping)
     if CONFIG_KEY in (args.additional_config or {}):
         raise ValueError(f"additional_config[{CONFIG_KEY!r}] is ours to write; use --kv-compression-config")
     if os.environ.get(_RUNNER_VARIABLE, "0") not in ("", "0"):

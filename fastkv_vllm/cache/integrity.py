@@ -41,16 +41,18 @@ def check_integrity(
     _require(null_block not in free, "the null block is in the free queue")
     both = sorted(set(free) & set(held))
     _require(not both, f"blocks both free and held: {both}")
+    everyone = set(range(num_blocks)) - {null_block}
+    known = set(free) | set(held)
     _require(
-        len(free) + len(held) == num_blocks - 1,
-        f"free {len(free)} + held {len(held)} != total {num_blocks - 1}: "
-        f"lost {sorted(set(range(num_blocks)) - set(free) - set(held) - {null_block})}",
+        known == everyone,
+        f"free {len(free)} + held {len(held)} != total {len(everyone)}: lost {sorted(everyone - known)}, "
+        f"unknown {sorted(known - everyone)}",
     )
     wrong = {b: (count, held[b]) for b, count in ref_counts.items() if count != held[b]}
     _require(not wrong, f"reference counts differ from owners, block: (count, owners) = {wrong}")
     hashed_blocks = set(hashed)
     for request_id, own in private.items():
-        bad = [b for b in own if b in hashed_blocks or held[b] != 1]
+        bad = [b for b in own if b in hashed_blocks or held[b] != 1 or b not in tables[request_id]]
         _require(not bad, f"compressed blocks of {request_id} are hashed or shared: {bad}")
 
 

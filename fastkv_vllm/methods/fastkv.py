@@ -32,4 +32,4 @@ class FastKV(Method):
         return window_scores(queries, keys, kernel_size=self.kernel_size, pooling=self.pooling)
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        return reduce(torch.add, scores.unbind(dim=0))  # head by head, so that exact ties stay exact
+        return reduce(torch.add, scores.unbind(dim=0))  # term by term: exact ties stay exact

@@ -29,13 +29,15 @@ class Patch:
         """Replace the method; does nothing where it is in place.
 
         Raises:
-            RuntimeError: the method is missing or has other parameters.
+            RuntimeError: the method is missing, has other parameters, or carries another patch of ours.
         """
         current = self.owner.__dict__.get(self.name)
         function = current.__func__ if isinstance(current, staticmethod | classmethod) else current
         if function is None:
             raise RuntimeError(f"{self.owner.__qualname__}.{self.name} does not exist in this vLLM")
         if hasattr(function, "__fastkv_original__"):
+            if vars(function)["__fastkv_wrap__"] is not self.wrap:
+                raise RuntimeError(f"{self.owner.__qualname__}.{self.name} carries another patch of ours")
             return
         found = tuple(inspect.signature(function).parameters)
         if found[: len(self.parameters)] != self.parameters:
@@ -44,6 +46,7 @@ class Patch:
             )
         replacement = functools.wraps(function)(self.wrap(function))
         replacement.__fastkv_original__ = current  # type: ignore[attr-defined]
+        replacement.__fastkv_wrap__ = self.wrap  # type: ignore[attr-defined]
         kind = type(current) if isinstance(current, staticmethod | classmethod) else (lambda f: f)
         setattr(self.owner, self.name, kind(replacement))
 

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from fastkv_vllm.adapter.patches.base import Patch
+from fastkv_vllm.config import CompressionConfig
 
 
 @dataclasses.dataclass
@@ -27,10 +28,24 @@ def add_fields() -> None:
             owner.__dataclass_fields__.setdefault(field.name, field)
 
 
+def configured(args: Any) -> CompressionConfig | None:
+    """Configuration the engine arguments ask for; None: no compression.
+
+    Raises:
+        ValueError: the settings do not fit, or come without a method.
+    """
+    if args.kv_compression is not None:
+        return CompressionConfig.from_mapping(args.kv_compression, args.kv_compression_config or {})
+    if args.kv_compression_config is not None:
+        raise ValueError("--kv-compression-config is given without --kv-compression; name a method too")
+    return None
+
+
 def _wrap(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: EngineArgs, *args: Any, **kwargs: Any) -> None:
         for name in FIELDS:
             setattr(self, name, kwargs.pop(name, None))
+        configured(self)  # a mistake is told before vLLM looks at anything
         original(self, *args, **kwargs)
 
     return __init__

@@ -1,0 +1,214 @@
+"""The configuration tree: defaults, what it refuses and how, and what it derives."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from fastkv_vllm.cache import LeftAlone, PromptPlan
+from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import method_class, method_names
+
+KEYS = [field.name for field in dataclasses.fields(CompressionConfig) if field.name != "method"]
+TSP_KEYS = {"tsp_layer": 3, "tsp_ratio": 0.5, "tsp_tokens": 100, "max_tsp_tokens": 8192}
+EACH_METHOD = pytest.mark.parametrize("method", method_names())
+
+
+def make(**mapping: Any) -> CompressionConfig:
+    return CompressionConfig.from_mapping("fastkv", mapping)
+
+
+def test_defaults_are_those_of_fastkv_v3() -> None:
+    assert make().to_mapping() == {
+        "method": "fastkv",
+        "retention_ratio": 0.1,
+        "budget": None,
+        "tsp_layer": None,
+        "tsp_ratio": 0.2,
+        "tsp_tokens": None,
+        "window_size": 8,
+        "num_sink": 0,
+        "kernel_size": 7,
+        "pooling": "max",
+        "min_tokens": 512,
+        "max_tsp_tokens": None,
+    }
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(32, 15), (36, 17), (40, 19), (8, 3), (3, 0), (2, 0)])
+def test_default_tsp_layer(num_layers: int, expected: int) -> None:
+    assert make().for_model(num_layers=num_layers, max_model_len=4096).tsp_layer == expected
+
+
+@EACH_METHOD
+def test_default_sinks_are_the_methods_own(method: str) -> None:
+    assert CompressionConfig(method).num_sink == method_class(method).default_num_sink
+    assert CompressionConfig(method, num_sink=9).num_sink == 9
+
+
+def test_default_tsp_ratio_never_undercuts_retention() -> None:
+    assert [make(retention_ratio=r).tsp_ratio for r in (0.05, 0.2, 0.35, 1.0)] == [0.2, 0.2, 0.35, 1.0]
+    assert make(budget=64).tsp_ratio == 0.2
+    assert make(tsp_tokens=300).tsp_ratio is None
+
+
+def test_unknown_keys_are_refused_and_known_ones_listed() -> None:
+    with pytest.raises(ValueError, match="unknown key colour, retention;") as error:
+        make(retention=0.1, colour=1, budget=4)
+    listed = str(error.value).partition("known keys: ")[2]
+    assert listed.split(", ") == KEYS
+    with pytest.raises(ValueError, match="unknown key method"):
+        make(method="snapkv")
+
+
+@pytest.mark.parametrize("mapping", [[], "fastkv", 3, None, [["budget", 4]]], ids=repr)
+def test_only_a_mapping_is_taken(mapping: object) -> None:
+    with pytest.raises(ValueError, match="must be a JSON object; got ") as error:
+        CompressionConfig.from_mapping("fastkv", mapping)  # type: ignore[arg-type]
+    assert str(error.value).endswith(repr(mapping))
+
+
+def test_unknown_method_lists_names() -> None:
+    with pytest.raises(ValueError, match=f"'h2o'; known: {', '.join(method_names())}"):
+        CompressionConfig("h2o")
+
+
+RATIOS = [0, 0.0, -0.1, 1.0000001, 2, math.nan, math.inf, "0.1", True, [0.1]]
+NOT_INTEGERS = [1.0, "8", True, math.nan, [8]]
+BAD = [
+    *[(name, value, r"in \(0, 1\]") for name in ("retention_ratio", "tsp_ratio") for value in RATIOS],
+    *[
+        (name, value, f"an integer >= {low}")
+        for name, low in {
+            "budget": 1,
+            "tsp_layer": 0,
+            "tsp_tokens": 1,
+            "window_size": 1,
+            "num_sink": 0,
+            "kernel_size": 1,
+            "min_tokens": 1,
+            "max_tsp_tokens": 1,
+        }.items()
+        for value in [low - 1, -7, *NOT_INTEGERS]
+    ],
+    *[(name, None, "an integer >= 1") for name in ("window_size", "kernel_size", "min_tokens")],
+    *[("kernel_size", value, "odd") for value in (2, 8)],
+    *[("pooling", value, "one of max, avg") for value in ("sum", "MAX", "", None, 1, ["max"])],
+    *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), BAD, ids=[f"{name}-{value!r}" for name, value, _ in BAD])
+def test_bad_value_is_refused_naming_key_rule_and_value(name: str, value: object, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"kv_compression_config: {name} must be {rule}; got ") as error:
+        make(**{name: value})
+    assert str(error.value).endswith(f"; got {value!r}")
+
+
+def test_every_key_has_a_bad_value() -> None:
+    assert {name for name, _, _ in BAD} == set(KEYS)
+
+
+LIMITS: list[dict[str, Any]] = [
+    {"retention_ratio": 1},
+    {"retention_ratio": 1e-9},
+    {"retention_ratio": 0.5, "tsp_ratio": 0.5},
+    {"budget": 1},
+    {"tsp_ratio": 1.0},
+    {"tsp_tokens": 1, "tsp_layer": 0},
+    {"window_size": 1, "kernel_size": 1, "min_tokens": 2},
+    {"window_size": 511, "num_sink": 0},
+    {"pooling": "avg", "max_tsp_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("mapping", LIMITS, ids=str)
+def test_values_at_their_limits_are_taken(mapping: dict[str, Any]) -> None:
+    config = make(**mapping)
+    assert {name: getattr(config, name) for name in mapping} == mapping
+
+
+@pytest.mark.parametrize("pair", [("retention_ratio", "budget"), ("tsp_ratio", "tsp_tokens")], ids="-".join)
+def test_keys_that_exclude_each_other(pair: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"give {pair[0]} or {pair[1]}, not both"):
+        make(**{pair[0]: 0.5, pair[1]: 64})
+
+
+def test_late_layers_see_at_least_what_they_keep() -> None:
+    with pytest.raises(ValueError, match=r"tsp_ratio must be at least retention_ratio = 0\.3: .*; got 0\.25"):
+        make(retention_ratio=0.3, tsp_ratio=0.25)
+
+
+@pytest.mark.parametrize("name", TSP_KEYS)
+@pytest.mark.parametrize("method", [m for m in method_names() if not method_class(m).propagates])
+def test_tsp_keys_need_a_method_that_propagates(method: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be left out: {method} does not propagate rows; got") as error:
+        CompressionConfig.from_mapping(method, {name: TSP_KEYS[name]})
+    assert str(error.value).endswith(repr(TSP_KEYS[name]))
+    assert not CompressionConfig(method).uses_tsp
+
+
+@EACH_METHOD
+@pytest.mark.parametrize("mapping", [{}, {"budget": 77}, {"retention_ratio": 0.25, "num_sink": 2}, {"pooling": "avg"}])
+def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
+    config = CompressionConfig.from_mapping(method, mapping)
+    assert CompressionConfig(**json.loads(json.dumps(config.to_mapping()))) == config
+    filled = config.for_model(num_layers=8, max_model_len=2048)
+    assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
+
+
+@pytest.mark.parametrize("mapping", [{"retention_ratio": 1.0}, {"tsp_ratio": 1.0}, {"tsp_ratio": 1}], ids=str)
+def test_ratio_one_switches_tsp_off(mapping: dict[str, Any]) -> None:
+    config = make(**mapping)
+    assert not config.uses_tsp
+    assert config.for_model(num_layers=2, max_model_len=10**6) == config
+    plan = config.plan(1000, 32)
+    if config.retention_ratio == 1.0:
+        assert plan is LeftAlone.BUDGET_COVERS_PROMPT
+    else:
+        assert isinstance(plan, PromptPlan) and plan.num_tsp is None
+
+
+def test_a_model_of_one_layer_is_refused_for_what_it_is() -> None:
+    with pytest.raises(ValueError, match=r"tsp_layer .*the model has 1"):
+        make().for_model(num_layers=1, max_model_len=512)
+
+
+@pytest.mark.parametrize(("num_layers", "layer"), [(8, 7), (8, 8), (2, 1)])
+def test_tsp_layer_is_followed_by_another(num_layers: int, layer: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"tsp_layer must be in 0\.\.{num_layers - 2}, the model has {num_layers} layers; got"
+    ):
+        make(tsp_layer=layer).for_model(num_layers=num_layers, max_model_len=512)
+    assert make(tsp_layer=6).for_model(num_layers=8, max_model_len=512).tsp_layer == 6
+
+
+def test_stash_takes_the_longest_prompt() -> None:
+    assert make().for_model(num_layers=8, max_model_len=2048).max_tsp_tokens == 2048
+    assert make(max_tsp_tokens=2048).for_model(num_layers=8, max_model_len=2048).max_tsp_tokens == 2048
+    with pytest.raises(ValueError, match=r"max_tsp_tokens must be at least .* 2048; got 2047; .*--max-model-len"):
+        make(max_tsp_tokens=2047).for_model(num_layers=8, max_model_len=2048)
+
+
+def test_frozen() -> None:
+    config = make()
+    for field in dataclasses.fields(config):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, getattr(config, field.name))
+
+
+@EACH_METHOD
+def test_method_gets_its_fields(method: str) -> None:
+    made = CompressionConfig(method, window_size=4, kernel_size=3, pooling="avg").make_method()
+    assert type(made) is method_class(method)
+    assert (made.window_size, made.kernel_size, made.pooling) == (4, 3, "avg")
+
+
+def test_plan_turns_ratios_and_counts_into_entries() -> None:
+    ratio = make(retention_ratio=0.1, tsp_ratio=0.5).plan(1280, 32)
+    counts = make(budget=128, tsp_tokens=640).plan(1280, 32)
+    assert ratio == counts == PromptPlan(1280, 32, num_pages=4, num_tsp=640, window_size=8, num_sink=0)
+    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, None, 8, 4)
+    assert make().plan(511, 32) is LeftAlone.SHORT

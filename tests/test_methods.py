@@ -1,0 +1,168 @@
+"""The registry and what holds for every method in it."""
+
+import inspect
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.kernels.select import select
+from fastkv_vllm.methods import Method, method_class, method_names, register
+
+WINDOW, HEADS, GROUP, HEAD_DIM = 8, 2, 4, 64
+EACH_METHOD = pytest.mark.parametrize("name", method_names())
+PROPAGATING = [name for name in method_names() if method_class(name).propagates]
+
+
+def make(name: str) -> Method:
+    return CompressionConfig(name).make_method()
+
+
+def make_inputs(num_tokens: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return {
+        "queries": torch.randn(WINDOW, HEADS * GROUP, HEAD_DIM, generator=generator) * HEAD_DIM**-0.5,
+        "keys": torch.randn(HEADS, num_tokens, HEAD_DIM, generator=generator),
+        "positions": torch.arange(num_tokens),
+    }
+
+
+def score(name: str, inputs: dict[str, Tensor]) -> Tensor:
+    method = make(name)
+    return method.score(**{need: inputs[need] for need in method.needs})
+
+
+def force(scores: Tensor, num_sink: int) -> Tensor:
+    scores = scores.clone()
+    scores[:, :num_sink] = scores[:, -WINDOW:] = torch.inf
+    return scores
+
+
+def test_the_registry_names_the_published_systems() -> None:
+    assert set(method_names()) >= {"fastkv", "snapkv", "streamingllm"}
+    assert len(set(method_names())) == len(method_names())
+    assert PROPAGATING == ["fastkv"]
+
+
+@EACH_METHOD
+def test_declarations(name: str) -> None:
+    cls = method_class(name)
+    assert re.fullmatch(r"arXiv \d{4}\.\d{5}( v\d+)?, section.*", cls.source)
+    assert cls.source.partition(",")[0].split()[1] in (inspect.getdoc(cls) or ""), "the docstring names the paper"
+    assert cls.__doc__ != Method.__doc__ and "Source:" in (cls.__doc__ or "")
+    assert "Differences:" in (cls.__doc__ or ""), "where and why we differ from the paper"
+    assert isinstance(cls.propagates, bool) and cls.default_num_sink >= 0
+    assert name == name.lower() and issubclass(cls, Method)
+
+
+@EACH_METHOD
+def test_needs_are_what_score_takes(name: str) -> None:
+    cls = method_class(name)
+    _, *parameters = inspect.signature(cls.score).parameters.values()
+    assert [p.name for p in parameters] == list(cls.needs)
+    assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    assert cls.needs and set(cls.needs) <= set(make_inputs(9))
+
+
+@EACH_METHOD
+def test_objects_are_frozen_and_equal_by_value(name: str) -> None:
+    assert make(name) == make(name)
+    with pytest.raises(AttributeError):
+        make(name).window_size = 9  # type: ignore[misc]
+
+
+@EACH_METHOD
+@pytest.mark.parametrize("num_tokens", [WINDOW + 1, 31, 32, 33, 211])
+def test_scores_rate_each_entry(name: str, num_tokens: int) -> None:
+    scores = score(name, make_inputs(num_tokens))
+    assert scores.dtype == torch.float32
+    assert scores.shape[1] == num_tokens and scores.shape[0] in (1, HEADS)
+    assert torch.isfinite(scores[:, :-WINDOW]).all()
+    assert torch.equal(scores, score(name, make_inputs(num_tokens))), "stateless: twice the same"
+
+
+@EACH_METHOD
+@pytest.mark.parametrize("num_tokens", [WINDOW + 2, 33, 211])
+def test_highest_scores_sinks_and_window_stay(name: str, num_tokens: int) -> None:
+    num_sink = min(method_class(name).default_num_sink, num_tokens - WINDOW - 1)
+    scores = force(score(name, make_inputs(num_tokens)), num_sink)
+    for count in {num_sink + WINDOW, (num_sink + WINDOW + num_tokens) // 2}:
+        for row, kept in zip(scores, select(scores, count).tolist(), strict=True):
+            dropped = sorted(set(range(num_tokens)) - set(kept))
+            assert len(kept) == count and kept == sorted(set(kept))
+            assert {*range(num_sink), *range(num_tokens - WINDOW, num_tokens)} <= set(kept)
+            assert row[kept].min() >= row[dropped].max()
+
+
+@EACH_METHOD
+def test_full_budget_is_identity(name: str) -> None:
+    scores = force(score(name, make_inputs(97)), 4)
+    assert select(scores, 97).tolist() == [list(range(97))] * len(scores)
+
+
+@pytest.mark.parametrize("name", [name for name in method_names() if "queries" in method_class(name).needs])
+def test_a_key_the_window_looks_for_stays(name: str) -> None:
+    """Planted in one KV head, it stays there, with its pooled neighbours, and not in the other."""
+    inputs = make_inputs(211)
+    inputs["queries"] = inputs["queries"][:1].expand(WINDOW, -1, -1)  # the window's queries agree
+    inputs["keys"][1, 60] = inputs["queries"][0, GROUP:].sum(dim=0) * HEAD_DIM**0.5 * 4
+    scores = force(score(name, inputs), 0)
+    kept = select(scores, WINDOW + 7)
+    assert kept[1].tolist() == [*range(57, 64), *range(203, 211)]
+    assert kept[0].tolist() != kept[1].tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [40, 97, 20_011])
+def test_streamingllm_keeps_sinks_and_the_most_recent(num_tokens: int) -> None:
+    scores = force(score("streamingllm", make_inputs(num_tokens)), 4)
+    expected = [0, 1, 2, 3, *range(num_tokens - 16, num_tokens)]
+    assert select(scores, 20).tolist() == [expected]
+
+
+def test_streamingllm_follows_positions_not_columns() -> None:
+    positions = torch.tensor([0, 5, 9, 40, 1000])
+    assert score("streamingllm", {"positions": positions}).tolist() == [[0.0, 5.0, 9.0, 40.0, 1000.0]]
+
+
+def test_snapkv_and_fastkv_rate_entries_alike() -> None:
+    inputs = make_inputs(211)
+    assert torch.equal(score("snapkv", inputs), score("fastkv", inputs))
+
+
+@pytest.mark.parametrize("num_tokens", [33, 211, 1003])
+def test_propagation_adds_the_heads(num_tokens: int) -> None:
+    scores = torch.randn(8, num_tokens, generator=torch.Generator().manual_seed(0)).abs()
+    rating = make("fastkv").propagation_scores(scores)
+    expected = scores[0].clone()
+    for head in scores[1:]:
+        expected += head
+    assert rating.shape == (num_tokens,) and torch.equal(rating, expected)
+    same = make("fastkv").propagation_scores(scores[:, :1].expand(-1, num_tokens).contiguous())
+    assert len(set(same.tolist())) == 1, "equal columns must tie exactly"
+    assert torch.equal(make("fastkv").propagation_scores(scores[:1]), scores[0])
+
+
+@pytest.mark.parametrize("name", [name for name in method_names() if name not in PROPAGATING])
+def test_others_do_not_propagate(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{method_class(name).__name__} does not propagate rows"):
+        make(name).propagation_scores(torch.zeros(2, 9))
+
+
+def test_unknown_name_lists_names() -> None:
+    with pytest.raises(ValueError, match=f"unknown compression method 'h2o'; known: {', '.join(method_names())}$"):
+        method_class("h2o")
+
+
+def test_duplicate_name_is_refused_and_changes_nothing() -> None:
+    @dataclass(frozen=True)
+    class Other(Method):
+        def score(self, *, positions: Tensor) -> Tensor:
+            return positions.float().unsqueeze(0)
+
+    before = method_names()
+    with pytest.raises(ValueError, match="'fastkv' is already registered by FastKV"):
+        register("fastkv")(Other)
+    assert method_names() == before and method_class("fastkv").__name__ == "FastKV"

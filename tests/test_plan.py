@@ -1,0 +1,169 @@
+"""The arithmetic of budgets: what `plan_prompt` promises about blocks, entries and rows."""
+
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
+from fastkv_vllm.config import CompressionConfig
+
+BLOCK_SIZES = (16, 32, 128)
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Keyword arguments of `plan_prompt`, lengths near multiples of the block size as often as any."""
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
+    near = st.builds(lambda n, d: max(n * block_size + d, 1), st.integers(0, 40), st.integers(-2, 2))
+    num_tokens = draw(st.one_of(st.integers(1, 5000), near))
+    window_size = draw(st.integers(1, 2 * block_size))
+    return {
+        "num_tokens": num_tokens,
+        "block_size": block_size,
+        "num_kept": draw(st.one_of(st.integers(0, num_tokens), near)),
+        "num_tsp": draw(st.one_of(st.none(), st.integers(0, num_tokens + 1))),
+        "window_size": window_size,
+        "num_sink": draw(st.integers(0, 40)),
+        "min_tokens": draw(st.integers(window_size + 1, 600)),
+    }
+
+
+def plan_of(arguments: dict[str, Any]) -> PromptPlan:
+    plan = plan_prompt(**arguments)
+    assume(isinstance(plan, PromptPlan))
+    return plan
+
+
+def pages_forced(num_tokens: int, block_size: int, window_size: int, num_sink: int) -> int:
+    """Whole pages that hold sinks, one rated entry and the part of the window that is not in the tail; counted."""
+    tail_from = num_tokens - num_tokens % block_size
+    forced = [p for p in range(tail_from) if p < num_sink or p >= num_tokens - window_size]
+    return ceil((len(forced) + 1) / block_size)
+
+
+def check_plan(plan: PromptPlan, num_kept: int, num_tsp: int | None) -> None:
+    """All that holds for a prompt that is compressed."""
+    held = plan.num_pages + (plan.num_tail > 0)
+    forced = pages_forced(plan.num_tokens, plan.block_size, plan.window_size, plan.num_sink)
+    assert held == max(ceil(num_kept / plan.block_size), forced + (plan.num_tail > 0))
+    assert plan.num_freed_blocks >= 1
+    assert plan.num_freed_blocks + held == ceil(plan.num_tokens / plan.block_size)
+    assert plan.num_tail < plan.block_size
+    assert plan.num_whole_blocks * plan.block_size + plan.num_tail == plan.num_tokens
+    assert plan.num_kept == plan.num_pages * plan.block_size + plan.num_tail < plan.num_tokens
+    assert plan.num_sink + max(plan.window_size, plan.num_tail) < plan.num_kept
+    assert plan.num_sink < plan.forced_from <= plan.num_tokens - plan.window_size
+    assert plan.forced_from <= plan.num_tokens - plan.num_tail
+    assert plan.num_sink + plan.num_tokens - plan.forced_from < plan.num_kept, "nothing is left to choose"
+    if num_tsp is None:
+        assert plan.num_tsp is None
+    elif plan.num_tsp is None:
+        assert num_tsp >= plan.num_tokens, "rows may all go on only where all were asked for"
+    else:
+        assert plan.num_tsp == max(num_tsp, plan.num_kept)
+        assert plan.num_kept <= plan.num_tsp < plan.num_tokens
+
+
+@given(arguments())
+@settings(max_examples=400, derandomize=True, deadline=None)
+def test_plans(arguments: dict[str, Any]) -> None:
+    check_plan(plan_of(arguments), arguments["num_kept"], arguments["num_tsp"])
+
+
+@given(arguments())
+@settings(max_examples=400, derandomize=True, deadline=None)
+def test_a_prompt_is_left_alone_for_a_reason(arguments: dict[str, Any]) -> None:
+    num_tokens, block_size = arguments["num_tokens"], arguments["block_size"]
+    plan = plan_prompt(**arguments)
+    assert (plan is LeftAlone.SHORT) == (num_tokens < arguments["min_tokens"])
+    if plan is LeftAlone.BUDGET_COVERS_PROMPT:
+        plain = ceil(num_tokens / block_size)
+        forced = pages_forced(num_tokens, block_size, arguments["window_size"], arguments["num_sink"])
+        covered = ceil(arguments["num_kept"] / block_size) >= plain
+        assert covered or forced >= num_tokens // block_size, "a block could have been freed"
+
+
+@given(
+    st.integers(512, 40_000),
+    st.floats(0.001, 0.999),
+    st.sampled_from(BLOCK_SIZES),
+    st.integers(0, 16),
+    st.sampled_from(["fastkv", "snapkv", "streamingllm"]),
+)
+@settings(max_examples=400, derandomize=True, deadline=None)
+def test_blocks_held_follow_the_retention_ratio(
+    num_tokens: int, ratio: float, block_size: int, num_sink: int, method: str
+) -> None:
+    plan = CompressionConfig(method, retention_ratio=ratio, num_sink=num_sink).plan(num_tokens, block_size)
+    assume(isinstance(plan, PromptPlan))
+    assume(num_tokens * ratio >= num_sink + plan.num_tail + plan.window_size + block_size)  # covers forced ones
+    held = ceil(num_tokens / block_size) - plan.num_freed_blocks
+    assert held <= ratio * ceil(num_tokens / block_size) + 1
+    assert abs(plan.num_kept - int(num_tokens * ratio)) < block_size
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("window_size", [1, 8, 15, 16, 17, 32])
+def test_every_short_prompt(block_size: int, window_size: int) -> None:
+    """Prompts of 1 to 300 tokens, every budget in steps, min_tokens at its lowest."""
+    compressed = 0
+    for num_tokens in range(1, 301):
+        for num_kept in (0, 1, window_size, num_tokens // 10, num_tokens // 2, num_tokens - 1, num_tokens):
+            plan = plan_prompt(
+                num_tokens,
+                block_size=block_size,
+                num_kept=num_kept,
+                num_tsp=num_tokens // 5,
+                window_size=window_size,
+                num_sink=2,
+                min_tokens=window_size + 1,
+            )
+            if isinstance(plan, PromptPlan):
+                check_plan(plan, num_kept, num_tokens // 5)
+                compressed += 1
+            else:
+                assert (plan is LeftAlone.SHORT) == (num_tokens <= window_size)
+    assert compressed > 100
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("min_tokens", [9, 15, 16, 17, 31, 32, 33, 96, 127, 128, 129])
+def test_min_tokens_is_the_first_length_that_counts(block_size: int, min_tokens: int) -> None:
+    config = CompressionConfig("fastkv", min_tokens=min_tokens)
+    reasons = [config.plan(n, block_size) for n in range(1, 101)]
+    assert [reason is LeftAlone.SHORT for reason in reasons] == [n < min_tokens for n in range(1, 101)]
+
+
+@given(arguments(), st.integers(1, 400))
+@settings(max_examples=100, derandomize=True, deadline=None)
+def test_peak_is_what_a_growing_request_holds(arguments: dict[str, Any], num_answer: int) -> None:
+    plan = plan_of(arguments)
+    peak = 0
+    for num_tokens in [*range(1, plan.num_tokens + num_answer + 1, 7), plan.num_tokens, plan.num_tokens + num_answer]:
+        # A prompt's blocks are all there when it ends, and the surplus goes back at once.
+        held = ceil(num_tokens / plan.block_size) - (plan.num_freed_blocks if num_tokens > plan.num_tokens else 0)
+        before_end = ceil(min(num_tokens, plan.num_tokens) / plan.block_size)
+        peak = max(held, before_end)
+        assert ceil(plan.peak_tokens(num_tokens) / plan.block_size) == peak
+        assert plan.peak_tokens(num_tokens) <= num_tokens
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("method", ["fastkv", "snapkv", "streamingllm"])
+def test_retention_one_leaves_every_prompt_alone(method: str, block_size: int) -> None:
+    config = CompressionConfig(method, retention_ratio=1.0, min_tokens=9)
+    for num_tokens in range(1, 2000):
+        assert isinstance(config.plan(num_tokens, block_size), LeftAlone), num_tokens
+
+
+def test_a_plan_by_hand() -> None:
+    """1000 tokens in blocks of 32: 31 whole ones and a tail of 8, which is the window."""
+    config = CompressionConfig("fastkv", retention_ratio=0.1)
+    plan = config.plan(1000, 32)
+    assert plan == PromptPlan(1000, 32, num_pages=3, num_tsp=200, window_size=8, num_sink=0)
+    assert (plan.num_whole_blocks, plan.num_tail, plan.forced_from) == (31, 8, 992)
+    assert (plan.num_moved, plan.num_kept, plan.num_freed_blocks) == (96, 104, 28)
+    assert [plan.peak_tokens(n) for n in (1, 1000, 1001, 1895, 1897)] == [1, 1000, 1000, 1000, 1001]
