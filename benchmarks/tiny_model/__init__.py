@@ -1,0 +1,1 @@
+"""A 1.7 M-parameter Llama that really retrieves: its language, trainer, checkpoint and evaluation."""
