@@ -71,8 +71,7 @@ def make_checkpoint(
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
     if family in _IMPLIED_HEAD_DIM and num_heads * head_dim != hidden_size:
         raise ValueError(
-            f"{family} needs num_heads * head_dim == hidden_size; "
-            f"got {num_heads} * {head_dim} != {hidden_size}"
+            f"{family} needs num_heads * head_dim == hidden_size; got {num_heads} * {head_dim} != {hidden_size}"
         )
     config_class, model_class, own_settings = _RECIPES[family]
     config = config_class(

@@ -62,9 +62,7 @@ class ReferenceModel:
 
         weights: dict[str, Tensor] = {}
         for file in sorted(Path(directory).glob("*.safetensors")):
-            weights |= {
-                name.removeprefix("model."): tensor.float() for name, tensor in load_file(file).items()
-            }
+            weights |= {name.removeprefix("model."): tensor.float() for name, tensor in load_file(file).items()}
         self.embedding = weights["embed_tokens.weight"]
         self.lm_head = self.embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
         self.final_norm = weights["norm.weight"]
@@ -116,9 +114,7 @@ class ReferenceModel:
                 keys, values = _take(keys, positions, stay), _take(values, positions, stay)
                 if index == drop.tsp_layer:
                     positions = tsp_indices = _select(sum(scores), positions, drop.num_tsp, drop)
-                    hidden = hidden[
-                        tsp_indices
-                    ]  # up to here all rows are present: a row's index is its position
+                    hidden = hidden[tsp_indices]  # up to here all rows are present: a row's index is its position
             layers.append(_Layer(weights, keys, values))
         return hidden, layers, kept, tsp_indices
 
@@ -145,9 +141,7 @@ class ReferenceModel:
             q, k, v = layer.pop("qkv_proj.weight").split([q_size, kv_size, kv_size])
             gate, up = layer.pop("gate_up_proj.weight").chunk(2)
             names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-            layer |= {
-                f"{name}.weight": tensor for name, tensor in zip(names, (q, k, v, gate, up), strict=True)
-            }
+            layer |= {f"{name}.weight": tensor for name, tensor in zip(names, (q, k, v, gate, up), strict=True)}
         return layer
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
@@ -159,9 +153,7 @@ class ReferenceModel:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt() * (weight + self.norm_offset)
 
-    def _project(
-        self, weights: dict[str, Tensor], hidden: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, weights: dict[str, Tensor], hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Roped queries [Hq, n, D], roped keys [H, n, D] and values [H, n, D] of the rows in hidden."""
         x = self._norm(hidden, weights["input_layernorm.weight"])
         queries = _linear(x, weights, "q_proj").unflatten(-1, (self.num_heads, self.head_dim))
@@ -227,9 +219,7 @@ def _refuse_unsupported(config: dict) -> None:
     supported = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma")
     rope = config["rope_parameters"]
     if config["model_type"] not in supported:
-        raise NotImplementedError(
-            f"model_type must be one of {', '.join(supported)}; got {config['model_type']!r}"
-        )
+        raise NotImplementedError(f"model_type must be one of {', '.join(supported)}; got {config['model_type']!r}")
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise NotImplementedError(f"only plain RoPE over the whole head is supported; got {rope}")
     if config.get("sliding_window") is not None:

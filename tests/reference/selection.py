@@ -107,9 +107,7 @@ def select_positions(scores: Sequence[float], positions: Sequence[int], count: i
     """
     forced = [p for p in positions if drop.is_forced(p)]
     assert len(forced) <= count, f"{len(forced)} positions are forced, more than the {count} that may stay"
-    assert all(drop.is_forced(p) for p in positions[len(scores) :]), (
-        "a position without a score is not forced"
-    )
+    assert all(drop.is_forced(p) for p in positions[len(scores) :]), "a position without a score is not forced"
     rated = [(-score, p) for score, p in zip(scores, positions, strict=False) if not drop.is_forced(p)]
     best = [p for _, p in sorted(rated)][: count - len(forced)]
     return sorted(forced + best)
