@@ -103,6 +103,8 @@ class _CompressionMixin(Scheduler):
         return stats
 
     def _plan(self, request: Request) -> PromptPlan | LeftAlone:
+        if request.streaming_queue is not None:
+            return LeftAlone.SESSION
         return self.compression.plan(request.num_prompt_tokens, self.manager.block_size)
 
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:

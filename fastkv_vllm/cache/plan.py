@@ -20,6 +20,7 @@ class LeftAlone(Enum):
 
     SHORT = "short"
     BUDGET_COVERS_PROMPT = "budget_covers_prompt"
+    SESSION = "session"  # its prompt may still grow
 
 
 @dataclass(frozen=True)
