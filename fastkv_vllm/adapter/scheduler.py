@@ -1,6 +1,7 @@
 """vLLM's schedulers, with a plan for each prompt that ends."""
 
 import logging
+import time
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,6 +18,8 @@ from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
 
 logger = logging.getLogger("vllm.fastkv")
+
+_INTEGRITY_PERIOD_S = 60.0  # the full check walks the whole pool
 
 
 class _CompressionMixin(Scheduler):
@@ -37,6 +40,7 @@ class _CompressionMixin(Scheduler):
         self.manager: CompressingManager = managers[0]
         self.totals = CompressionStats()
         self._unreported = CompressionStats()
+        self._next_integrity_check = 0.0
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         blocks, num_hit, *rest = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
@@ -91,7 +95,7 @@ class _CompressionMixin(Scheduler):
             self._unreported.add_worker(stats)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.has_unfinished_requests():
-            self.manager.check_idle()
+            self._check_idle()
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -101,6 +105,13 @@ class _CompressionMixin(Scheduler):
             self._unreported = CompressionStats()
             self._unreported.worker.stash_bytes = self.totals.worker.stash_bytes
         return stats
+
+    def _check_idle(self) -> None:
+        """Without requests: all blocks free at once, and every block accounted for now and then."""
+        self.manager.check_idle()
+        if time.monotonic() >= self._next_integrity_check:
+            self.manager.check_integrity()
+            self._next_integrity_check = time.monotonic() + _INTEGRITY_PERIOD_S
 
     def _plan(self, request: Request) -> PromptPlan | LeftAlone:
         if request.streaming_queue is not None:

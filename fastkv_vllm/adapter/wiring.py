@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
@@ -16,6 +17,7 @@ logger = logging.getLogger("vllm.fastkv")
 
 CONFIG_KEY = "fastkv"
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+_RUNNER_V1 = "00"  # to vLLM the same as 0; tells our choice from the user's, so that it can be taken back
 _PACKAGE = "fastkv_vllm.adapter"
 
 
@@ -36,16 +38,18 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     config = configured(args)
     if config is None:
         validate_request.PATCH.uninstall()
+        if os.environ.get(_RUNNER_VARIABLE) == _RUNNER_V1:
+            del os.environ[_RUNNER_VARIABLE]
         return None
     require_supported_vllm()
     if CONFIG_KEY in (args.additional_config or {}):
         raise ValueError(f"additional_config[{CONFIG_KEY!r}] is ours to write; use --kv-compression-config")
-    if os.environ.get(_RUNNER_VARIABLE, "0") not in ("", "0"):
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
         raise ValueError(
             f"--kv-compression runs on Model Runner V1 and {_RUNNER_VARIABLE}={os.environ[_RUNNER_VARIABLE]} asks "
             f"for V2; unset {_RUNNER_VARIABLE}"
         )
-    os.environ[_RUNNER_VARIABLE] = "0"
+    os.environ[_RUNNER_VARIABLE] = _RUNNER_V1
     if config.uses_tsp and args.enable_prefix_caching is None:
         args.enable_prefix_caching = False
     return config

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms.interface import Platform
 
 from fastkv_vllm.adapter.patches.base import Patch
@@ -12,7 +13,7 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
     def validate_request(cls: type, processed_inputs: Any, params: Any) -> None:
         original(cls, processed_inputs, params)
         if getattr(params, "prompt_logprobs", None) is not None:
-            raise ValueError(
+            raise VLLMValidationError(
                 "prompt_logprobs cannot be had from a server with token-selective propagation (--kv-compression "
                 "fastkv): late layers do not see all prompt tokens; leave prompt_logprobs out of the request or "
                 "serve with --kv-compression-config '{\"tsp_ratio\": 1.0}'"

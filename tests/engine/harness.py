@@ -1,0 +1,229 @@
+"""A vLLM engine in this process, watched step by step."""
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
+
+from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
+
+from fastkv_vllm.cache import PromptPlan  # noqa: E402
+from tests.engine.oracle import BLOCK_SIZE, clear, plan_of, reference  # noqa: E402
+
+# Two ways to add float32 numbers differ by 2e-5 here; one missing or misplaced row moves a logprob by more than 1e-2.
+LOGPROB_TOLERANCE = 2e-4
+
+
+@dataclass(frozen=True)
+class Preemption:
+    """State of a request when it was preempted."""
+
+    request_id: str
+    num_computed_tokens: int
+    num_prompt_tokens: int
+    compressed: bool
+
+    @property
+    def prompt_ended(self) -> bool:
+        return self.num_computed_tokens >= self.num_prompt_tokens
+
+
+class Engine:
+    """An in-process engine whose scheduler is watched; works with and without compression.
+
+    Fields:
+        before_schedule: called with the step's number before it is scheduled.
+        after_schedule: called with vLLM's scheduler output; the pool's integrity has been checked by then.
+        free_blocks: free blocks after each schedule.
+        preemptions: in order of their time.
+    """
+
+    def __init__(
+        self, checkpoint: Path, method: str | None = None, config: dict[str, Any] | None = None, **arguments: Any
+    ) -> None:
+        if method is not None:
+            arguments |= {"kv_compression": method, "kv_compression_config": config or {}}
+        defaults = {
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 2048,
+            "max_num_seqs": 4,
+            "num_gpu_blocks_override": 300,
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(
+            model=str(checkpoint),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            block_size=BLOCK_SIZE,
+            seed=0,
+            **(defaults | arguments),
+        )
+        self.checkpoint = checkpoint
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        self.config = self.scheduler.compression if method else None
+        self.before_schedule: list[Callable[[int], None]] = []
+        self.after_schedule: list[Callable[[Any], None]] = []
+        self.free_blocks: list[int] = []
+        self.preemptions: list[Preemption] = []
+        self._num_free = self.pool.get_num_free_blocks()
+        self._schedule, self.scheduler.schedule = self.scheduler.schedule, self._watched_schedule
+        self._preempt, self.scheduler._preempt_request = self.scheduler._preempt_request, self._watched_preempt
+
+    def close(self) -> None:
+        """End the engine and give its memory back: vLLM freezes the collector's view of all older objects."""
+        self.core.shutdown()
+        del self.scheduler.schedule, self.scheduler._preempt_request
+        self.__dict__.clear()
+        gc.unfreeze()
+        gc.collect()
+
+    @property
+    def worker(self) -> Any:
+        return self.core.model_executor.driver_worker.worker
+
+    @property
+    def compressor(self) -> Any:
+        return self.worker.model_runner.compressor
+
+    @property
+    def totals(self) -> Any:
+        return self.scheduler.totals
+
+    @contextmanager
+    def step_tokens(self, limit: int) -> Iterator[None]:
+        """Within it, a step takes at most so many tokens."""
+        old = self.scheduler.max_num_scheduled_tokens
+        self.scheduler.max_num_scheduled_tokens = min(limit, old)
+        try:
+            yield
+        finally:
+            self.scheduler.max_num_scheduled_tokens = old
+
+    @contextmanager
+    def watch(
+        self, *, before: Callable[[int], None] | None = None, after: Callable[[Any], None] | None = None
+    ) -> Iterator[None]:
+        """Within it, `before` sees each step's number and `after` its scheduler output."""
+        self.free_blocks.clear()
+        self.preemptions.clear()
+        self.before_schedule = [before] if before else []
+        self.after_schedule = [after] if after else []
+        try:
+            yield
+        finally:
+            self.before_schedule, self.after_schedule = [], []
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, **parameters: Any) -> list[RequestOutput]:
+        return self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            sampling(max_tokens, **parameters),
+            use_tqdm=False,
+        )
+
+    def check(self, prompts: Sequence[tuple[int, ...]], max_tokens: int = 36) -> list[RequestOutput]:
+        """Generate and require the reference's answers, counters that tell what happened, and an idle engine.
+
+        Prompts whose answer hangs on float noise get another last token.
+        """
+        prompts = [clear(self.checkpoint, self.config, prompt, max_tokens) for prompt in prompts]
+        before, num_preempted = self._counts(), len(self.preemptions)
+        outputs = self.generate(prompts, max_tokens)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            self.require_reference(prompt, output, max_tokens)
+        if self.config is not None:
+            counts = [now - then for now, then in zip(self._counts(), before, strict=True)]
+            # A prompt that had ended when it was preempted ends, and counts, once more.
+            ended = [p.num_prompt_tokens for p in self.preemptions[num_preempted:] if p.prompt_ended]
+            plans = [plan_of(self.config, num_tokens) for num_tokens in [*map(len, prompts), *ended]]
+            done = [plan for plan in plans if isinstance(plan, PromptPlan)]
+            expected = [len(done), len(plans) - len(done), sum(plan.num_tokens for plan in done)]
+            assert counts == expected, f"compressed, left alone, tokens seen: {counts}, expected {expected}"
+        self.require_idle()
+        return outputs
+
+    def require_reference(self, prompt: tuple[int, ...], output: RequestOutput, max_tokens: int) -> None:
+        expected = reference(self.checkpoint, self.config, prompt, max_tokens)
+        where = f"prompt of {len(prompt)} tokens, {output.num_cached_tokens} of them from the prefix cache"
+        tokens = list(output.outputs[0].token_ids)
+        for step, (got, want) in enumerate(zip(tokens, expected.tokens, strict=True)):
+            margin = expected.margins[step]
+            assert got == want, f"{where}: token {step} is {got}, not {want}; margin {margin:.1e}"
+        errors = [abs(a - b) for a, b in zip(logprobs_of(output), expected.logprobs, strict=True)]
+        assert max(errors) < LOGPROB_TOLERANCE, f"{where}: logprob of token {errors.index(max(errors))} is off {errors}"
+
+    def require_idle(self) -> None:
+        """No block, plan, window or stashed row is left behind."""
+        assert not self.scheduler.has_unfinished_requests()
+        assert self.pool.get_num_free_blocks() == self._num_free, "blocks did not come back"
+        assert not any(self.manager.req_to_blocks.values()), "tables are left"
+        if self.config is None:
+            return
+        self.manager.check_integrity()
+        left = {
+            name: value
+            for name in ("plans", "null_blocks", "finishing", "stashing")
+            if (value := getattr(self.manager, name))
+        }
+        assert not left, f"left in the manager: {left}"
+        if self.core.vllm_config.parallel_config.world_size == 1:
+            held = {name: list(getattr(self.compressor, name)) for name in ("windows", "stash", "selected")}
+            assert not any(held.values()), f"left in the worker: {held}"
+
+    def _counts(self) -> tuple[int, int, int]:
+        if self.config is None:
+            return 0, 0, 0
+        return self.totals.requests_compressed, sum(self.totals.left_alone.values()), self.totals.prompt_tokens_seen
+
+    def _watched_schedule(self, *args: Any, **kwargs: Any) -> Any:
+        for call in self.before_schedule:
+            call(len(self.free_blocks))
+        output = self._schedule(*args, **kwargs)
+        if self.config is not None:
+            self.manager.check_integrity()
+        self.free_blocks.append(self.pool.get_num_free_blocks())
+        for call in self.after_schedule:
+            call(output)
+        return output
+
+    def _watched_preempt(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self.preemptions.append(
+            Preemption(
+                request.request_id,
+                request.num_computed_tokens,
+                request.num_prompt_tokens,
+                self.config is not None and request.request_id in self.manager.null_blocks,
+            )
+        )
+        return self._preempt(request, *args, **kwargs)
+
+
+def sampling(max_tokens: int, **parameters: Any) -> SamplingParams:
+    """Greedy sampling that no token stops, with the logprob of each chosen token."""
+    return SamplingParams(
+        **({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0} | parameters),
+        detokenize=False,
+    )
+
+
+def logprobs_of(output: RequestOutput) -> list[float]:
+    """Log-probability of each generated token."""
+    answer = output.outputs[0]
+    return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]

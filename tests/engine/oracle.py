@@ -1,0 +1,94 @@
+"""What an engine must give: generations of the reference model, each computed once per session."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import tests.reference.model
+from fastkv_vllm.cache import LeftAlone, PromptPlan
+from fastkv_vllm.config import CompressionConfig
+from tests.reference import Drop, Generation, ReferenceModel
+
+BLOCK_SIZE = 32
+
+
+def make_prompts(lengths: list[int], seed: int = 0) -> list[tuple[int, ...]]:
+    """Random prompts without special tokens."""
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(4, 500) for _ in range(length)) for length in lengths]
+
+
+def plan_of(config: CompressionConfig | None, num_tokens: int) -> PromptPlan | LeftAlone:
+    return LeftAlone.SHORT if config is None else config.plan(num_tokens, BLOCK_SIZE)
+
+
+def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
+    """What the reference must drop where `config` compresses; None where the prompt is left alone."""
+    plan = plan_of(config, num_tokens)
+    if isinstance(plan, LeftAlone):
+        return None
+    return Drop(
+        method=config.method,
+        num_kept=plan.num_kept,
+        forced_from=plan.forced_from,
+        window_size=config.window_size,
+        kernel_size=config.kernel_size,
+        pooling=config.pooling,
+        num_sink=config.num_sink,
+        tsp_layer=None if plan.num_tsp is None else config.tsp_layer,
+        num_tsp=plan.num_tsp,
+    )
+
+
+def reference(
+    checkpoint: Path, config: CompressionConfig | None, prompt: tuple[int, ...], max_tokens: int
+) -> Generation:
+    """Greedy generation of the reference model that drops what `config` drops."""
+    return _generate(checkpoint, prompt, max_tokens, drop_of(config, len(prompt)))[0]
+
+
+def clear(
+    checkpoint: Path, config: CompressionConfig | None, prompt: tuple[int, ...], max_tokens: int
+) -> tuple[int, ...]:
+    """The prompt, with another last token where float32 noise could decide which entry or token is chosen.
+
+    Two ways to add the same numbers differ by up to 1e-5 of a score in late layers; another machine adds in another
+    order. Exact ties are clear: the lower position wins on both sides.
+    """
+    while not _is_clear(*_generate(checkpoint, prompt, max_tokens, drop_of(config, len(prompt)))):
+        prompt = (*prompt[:-1], 4 + (prompt[-1] - 3) % 496)
+    return prompt
+
+
+def _is_clear(generation: Generation, smallest_gap: float) -> bool:
+    return smallest_gap > 3e-5 and min(generation.margins) > 5e-4
+
+
+@cache
+def _model(checkpoint: Path) -> ReferenceModel:
+    return ReferenceModel(checkpoint)
+
+
+@cache
+def _generate(
+    checkpoint: Path, prompt: tuple[int, ...], max_tokens: int, drop: Drop | None
+) -> tuple[Generation, float]:
+    """Generation, and the smallest relative distance between a chosen score and one that was not."""
+    gaps = [1.0]
+    select = tests.reference.model.select_positions
+
+    def select_and_measure(scores: Sequence[float], positions: Sequence[int], count: int, drop: Drop) -> list[int]:
+        chosen = select(scores, positions, count, drop)
+        kept = set(chosen)
+        rated = [(p, s) for p, s in zip(positions, scores, strict=False) if not drop.is_forced(p)]
+        inside, outside = [s for p, s in rated if p in kept], [s for p, s in rated if p not in kept]
+        if inside and outside and min(inside) > max(outside):
+            gaps.append((min(inside) - max(outside)) / abs(min(inside)))
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tests.reference.model, "select_positions", select_and_measure)
+        return _model(checkpoint).generate(prompt, max_tokens, drop), min(gaps)

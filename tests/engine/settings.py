@@ -1,0 +1,8 @@
+"""Settings that make the small models compress, and the prompts most tests send."""
+
+from tests.engine.oracle import make_prompts
+
+SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
+TSP = SMALL | {"tsp_layer": 3, "tsp_ratio": 0.3}
+METHODS = {"fastkv": TSP, "snapkv": SMALL, "streamingllm": SMALL}
+MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -1,0 +1,46 @@
+"""Run by test_tensor_parallel.py in a process of its own: two workers, what they keep and what comes out, as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.engine.harness import Engine, logprobs_of
+from tests.engine.oracle import clear
+from tests.engine.settings import METHODS, MIXED
+
+
+def record(worker):
+    """Keep what is chosen from now on."""
+    import fastkv_vllm.adapter.compressor as compressor
+
+    found, select = [], compressor.select
+    compressor.select = lambda *args: found.append(select(*args).tolist()) or select(*args)
+    worker.fastkv_test_selections = found
+
+
+def recorded(worker):
+    found = list(worker.fastkv_test_selections)
+    worker.fastkv_test_selections.clear()
+    return found
+
+
+def main(checkpoint: Path, method: str) -> None:
+    engine = Engine(checkpoint, method, METHODS[method], tensor_parallel_size=2, distributed_executor_backend="mp")
+    engine.llm.collective_rpc(record)
+    alone = clear(checkpoint, engine.config, MIXED[1], 8)
+    with engine.step_tokens(200):
+        (output,) = engine.check([alone], max_tokens=8)
+        selections = engine.llm.collective_rpc(recorded)
+        engine.check(MIXED)
+    result = {
+        "prompt": alone,
+        "selections": selections,
+        "tokens": list(output.outputs[0].token_ids),
+        "logprobs": logprobs_of(output),
+    }
+    print("RESULT " + json.dumps(result))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

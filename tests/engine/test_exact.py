@@ -1,0 +1,38 @@
+"""Any chunking, any batch mix: the tokens of a reference that drops the same entries."""
+
+import pytest
+
+from tests.engine.oracle import make_prompts
+from tests.engine.settings import METHODS, MIXED
+
+
+@pytest.fixture(params=METHODS, scope="module")
+def engine(request, start):
+    return start(request.param, METHODS[request.param])
+
+
+def test_prompts_one_by_one_in_one_chunk(engine):
+    for prompt in MIXED[:3]:
+        engine.check([prompt])
+
+
+@pytest.mark.parametrize("step_tokens", [61, 100, 2048])
+def test_mixed_requests(engine, step_tokens):
+    """Six requests, two of them left alone, prefill and decode in the same steps."""
+    with engine.step_tokens(step_tokens), engine.watch():
+        engine.check(MIXED)
+        assert len(engine.free_blocks) >= sum(map(len, MIXED)) / step_tokens, "prompts were not cut into chunks"
+
+
+@pytest.mark.parametrize("last", range(1, 8))
+def test_the_window_lies_in_two_chunks(engine, last):
+    """The last chunk has 1 .. window_size - 1 tokens."""
+    prompt = MIXED[1]
+    step_tokens = next(n for n in range(90, 700) if len(prompt) % n == last)
+    with engine.step_tokens(step_tokens):
+        engine.check([prompt], max_tokens=4)
+
+
+def test_the_window_lies_in_three_chunks(engine):
+    with engine.step_tokens(3):
+        engine.check(make_prompts([263]), max_tokens=4)

@@ -1,0 +1,33 @@
+"""Every architecture on the list is exact under token-selective propagation; others are refused by name."""
+
+import pytest
+from transformers import Gemma2Config, OPTConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from fastkv_vllm.adapter.conflicts import ARCHITECTURES
+from tests.engine.oracle import make_prompts
+from tests.engine.settings import TSP
+from tests.reference import FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(start, checkpoints, family):
+    engine = start("fastkv", TSP, checkpoint=checkpoints(family), max_model_len=1024)
+    assert engine.core.vllm_config.model_config.architecture in ARCHITECTURES
+    with engine.step_tokens(100):
+        engine.check(make_prompts([500, 90, 333]))
+
+
+def test_all_architectures_are_covered():
+    assert len(FAMILIES) == len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("Gemma2ForCausalLM", Gemma2Config), ("OPTForCausalLM", OPTConfig)],
+)
+def test_other_architectures_are_refused(tmp_path, architecture, config):
+    config(num_hidden_layers=2, architectures=[architecture]).save_pretrained(tmp_path)
+    args = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, kv_compression="snapkv")
+    with pytest.raises(ValueError, match=f"snapkv cannot run.*\n- it needs one of Llama.*and got {architecture}"):
+        args.create_engine_config()

@@ -1,0 +1,183 @@
+"""What cannot run together is refused before anything runs, by a sentence that names both sides."""
+
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+from transformers import MistralConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from fastkv_vllm.adapter import conflicts, version
+from fastkv_vllm.adapter.conflicts import CONFLICTS
+from fastkv_vllm.adapter.worker import CPUCompressionWorker
+from tests.engine.oracle import make_prompts
+from tests.engine.settings import TSP
+
+# Arguments -> what compression needs and what it got.
+REFUSED = {
+    "pooling": ({"runner": "pooling"}, "a generating model and got runner pooling"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "all layers in one stage and got pipeline_parallel size 2"),
+    "connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "entries it may move and got a kv_transfer_config",
+    ),
+    "events": (
+        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+        "entries it may move and got KV-cache events",
+    ),
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "one new token a step and got a speculative_config",
+    ),
+    "lora": ({"enable_lora": True}, "base models (not proven with adapters) and got a lora_config"),
+    "dtype": ({"kv_cache_dtype": "fp8"}, "a KV cache of the model's dtype and got kv_cache_dtype fp8"),
+    "sharing": ({"kv_sharing_fast_prefill": True}, "a cache per layer and got --kv-sharing-fast-prefill"),
+    "scheduler": ({"scheduler_cls": "other.Scheduler"}, "its own scheduler and got other.Scheduler"),
+    "worker": ({"worker_cls": "other.Worker"}, "its own worker and got other.Worker"),
+    "prefix-caching": (
+        {"enable_prefix_caching": True, "kv_compression": "fastkv"},
+        "late layers free of most prompt tokens (token-selective propagation) and got prefix caching",
+    ),
+}
+# What no argument reaches on CPU: a configuration that has it.
+UNREACHABLE = {
+    "keys and values per head": SimpleNamespace(model_config=SimpleNamespace(use_mla=True)),
+    "attention in each layer": SimpleNamespace(model_config=SimpleNamespace(is_hybrid=True)),
+    "whole requests on a rank": SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2)),
+    "whole batches": SimpleNamespace(parallel_config=SimpleNamespace(enable_dbo=True)),
+}
+ELSEWHERE = ("vLLM's CPU engine", "one of Llama", "full attention in each layer")  # tests of their own
+
+
+def configure(checkpoint, **arguments):
+    defaults = {"model": str(checkpoint), "skip_tokenizer_init": True, "max_model_len": 1024}
+    return EngineArgs(**(defaults | {"kv_compression": "snapkv"} | arguments)).create_engine_config()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_conflict_is_refused(checkpoint, name):
+    arguments, sentence = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        configure(checkpoint, **arguments)
+    head, *lines = str(error.value).splitlines()
+    assert re.fullmatch("--kv-compression (snapkv|fastkv) cannot run:", head)
+    assert len(lines) == 1 and lines[0].startswith(f"- it needs {sentence}") and "; " in lines[0], lines
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    MistralConfig(
+        architectures=["MistralForCausalLM"], num_hidden_layers=2, sliding_window=512, vocab_size=512
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="full attention in each layer and got a sliding window of 512 tokens; serve"):
+        configure(tmp_path)
+    configure(tmp_path, disable_sliding_window=True, max_model_len=512)
+
+
+def test_another_platform_is_refused(checkpoint, monkeypatch):
+    cuda = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
+    monkeypatch.setattr(conflicts, "current_platform", cuda)
+    with pytest.raises(ValueError, match=r"it needs vLLM's CPU engine .* and got platform cuda; serve it without"):
+        configure(checkpoint)
+
+
+@pytest.mark.parametrize("needs", UNREACHABLE)
+def test_a_conflict_no_argument_reaches(needs):
+    (conflict,) = (c for c in CONFLICTS if c.needs == needs)
+    assert conflict.found(UNREACHABLE[needs])
+
+
+def test_each_conflict_has_a_test():
+    tested = [sentence for _, sentence in REFUSED.values()] + [*UNREACHABLE, *ELSEWHERE]
+    assert [c.needs for c in CONFLICTS if not any(c.needs.startswith(t) or t.startswith(c.needs) for t in tested)] == []
+
+
+def test_all_conflicts_are_named_at_once(checkpoint):
+    with pytest.raises(ValueError) as error:
+        configure(checkpoint, enable_lora=True, kv_cache_dtype="fp8")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_the_same_arguments_without_compression_are_vllms_business(checkpoint):
+    configure(checkpoint, kv_compression=None, enable_prefix_caching=True, scheduler_cls="other.Scheduler")
+
+
+def test_no_conflict_no_refusal(checkpoint):
+    for method in ("fastkv", "snapkv", "streamingllm"):
+        configure(checkpoint, kv_compression=method)
+
+
+def test_prefix_caching_is_off_under_tsp_unless_asked_for(checkpoint):
+    for method, expected in (("fastkv", False), ("snapkv", True)):
+        assert configure(checkpoint, kv_compression=method).cache_config.enable_prefix_caching is expected
+    without_tsp = configure(
+        checkpoint, kv_compression="fastkv", kv_compression_config={"tsp_ratio": 1.0}, enable_prefix_caching=True
+    )
+    assert without_tsp.cache_config.enable_prefix_caching
+
+
+def test_model_runner_v2_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="runs on Model Runner V1 and VLLM_USE_V2_MODEL_RUNNER=1 asks for V2; unset"):
+        configure(checkpoint)
+
+
+def test_the_choice_of_runner_is_taken_back(checkpoint, monkeypatch):
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    assert not configure(checkpoint).use_v2_model_runner
+    assert "VLLM_USE_V2_MODEL_RUNNER" in os.environ
+    configure(checkpoint, kv_compression=None)
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    configure(checkpoint, kv_compression=None)
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_another_vllm_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(version, "version", lambda name: "0.33.1")
+    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.32\.x and found 0\.33\.1; install"):
+        configure(checkpoint)
+    configure(checkpoint, kv_compression=None)
+
+
+def test_a_stash_smaller_than_a_prompt_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"max_tsp_tokens must be at least the model's maximum length 1024.*got 1023"):
+        configure(checkpoint, kv_compression="fastkv", kv_compression_config={"max_tsp_tokens": 1023})
+    configure(checkpoint, kv_compression="fastkv", kv_compression_config={"max_tsp_tokens": 1024})
+
+
+def test_a_tsp_layer_the_model_does_not_have_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"tsp_layer must be in 0\.\.6, .*got 7"):
+        configure(checkpoint, kv_compression="fastkv", kv_compression_config={"tsp_layer": 7})
+
+
+def test_settings_without_a_method_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="--kv-compression-config is given without --kv-compression"):
+        configure(checkpoint, kv_compression=None, kv_compression_config={"retention_ratio": 0.1})
+
+
+def test_a_worker_refuses_another_runner(monkeypatch):
+    class OtherRunner: ...
+
+    monkeypatch.setattr(CPUWorker, "init_device", lambda self: setattr(self, "model_runner", OtherRunner()))
+    worker = object.__new__(CPUCompressionWorker)
+    with pytest.raises(RuntimeError, match=r"CPUModelRunner \(V1\) and got OtherRunner; unset"):
+        worker.init_device()
+
+
+def test_prompt_logprobs_under_tsp_are_an_error_of_that_request_only(start):
+    engine = start("fastkv", TSP)
+    llm, (prompt,) = engine.llm.llm_engine, make_prompts([300])
+    before = engine.totals.requests_compressed
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprobs cannot be had .* leave prompt_logprobs out"):
+        engine.generate([prompt], 4, prompt_logprobs=0)
+    assert not llm.has_unfinished_requests() and engine.totals.requests_compressed == before
+    engine.check([prompt], max_tokens=8)
+
+
+def test_prompt_logprobs_without_tsp_are_fine(start):
+    engine = start("snapkv", {"min_tokens": 128, "retention_ratio": 0.2})
+    (output,) = engine.generate(make_prompts([300]), 4, prompt_logprobs=0)
+    assert len(output.prompt_logprobs) == 300

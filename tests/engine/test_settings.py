@@ -1,0 +1,34 @@
+"""Each setting of a method changes what stays, and the engine follows it exactly."""
+
+import pytest
+
+from tests.engine.oracle import drop_of
+from tests.engine.settings import METHODS, MIXED, SMALL, TSP
+
+VARIANTS = {
+    "fastkv-avg": ("fastkv", TSP | {"pooling": "avg", "kernel_size": 5}),
+    "snapkv-avg": ("snapkv", SMALL | {"pooling": "avg"}),
+    "fastkv-sinks": ("fastkv", TSP | {"num_sink": 40}),
+    "snapkv-sinks": ("snapkv", SMALL | {"num_sink": 3}),
+    "fastkv-tokens": ("fastkv", {"min_tokens": 128, "budget": 100, "tsp_tokens": 150, "tsp_layer": 3}),
+    "fastkv-first": ("fastkv", TSP | {"tsp_layer": 0}),
+    "fastkv-last": ("fastkv", TSP | {"tsp_layer": 6}),
+    "fastkv-window": ("fastkv", TSP | {"window_size": 45}),
+    "fastkv-tightest": ("fastkv", SMALL | {"tsp_layer": 3, "tsp_ratio": 0.2}),
+    "fastkv-without-tsp": ("fastkv", SMALL | {"tsp_ratio": 1.0}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_requests(start, variant):
+    method, settings = VARIANTS[variant]
+    engine = start(method, settings)
+    assert any(drop_of(engine.config, len(p)) != _default_drop(engine.config, method, len(p)) for p in MIXED)
+    with engine.step_tokens(100):
+        engine.check(MIXED)
+
+
+def _default_drop(config, method, num_tokens):
+    """What the method's main test configuration drops."""
+    main = type(config)(method=method, **METHODS[method])
+    return drop_of(main, num_tokens)

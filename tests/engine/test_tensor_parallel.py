@@ -1,0 +1,56 @@
+"""Two ranks hold one KV head each: same tokens, same logprobs and same entries as on one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.harness import LOGPROB_TOLERANCE, logprobs_of
+from tests.engine.oracle import reference
+from tests.engine.settings import METHODS
+from tests.engine.test_kept import positions_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fastkv", "snapkv"])
+def test_two_ranks_agree_with_one(start, checkpoint, method):
+    """The subprocess has checked the mixed batch against the reference, in chunks, too."""
+    two = run_on_two_ranks(checkpoint, method)
+    engine = start(method, METHODS[method])
+    prompt = tuple(two["prompt"])
+    with engine.step_tokens(200):
+        (one,) = engine.check([prompt], max_tokens=8)
+    assert two["tokens"] == list(one.outputs[0].token_ids)
+    assert max(abs(a - b) for a, b in zip(two["logprobs"], logprobs_of(one), strict=True)) < LOGPROB_TOLERANCE
+
+    expected = reference(checkpoint, engine.config, prompt, 8)
+    assert len(two["selections"]) == 2
+    for rank, selections in enumerate(two["selections"]):
+        columns = [torch.tensor(columns) for columns in selections]
+        kept, tsp_indices = positions_of(columns, engine.config, len(prompt), len(expected.kept))
+        if expected.tsp_indices is not None:
+            assert tsp_indices.tolist() == expected.tsp_indices.tolist(), f"rank {rank}"
+        for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
+            assert got.tolist() == want[rank : rank + 1].tolist(), f"rank {rank}, layer {layer}"
+
+
+def run_on_two_ranks(checkpoint: Path, method: str) -> dict:
+    environment = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.engine.tensor_parallel_run", str(checkpoint), method],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert result.returncode == 0 and lines, result.stdout[-4000:] + result.stderr[-8000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))

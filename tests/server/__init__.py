@@ -1,0 +1,1 @@
+"""Tests that start `vllm serve` as a subprocess."""

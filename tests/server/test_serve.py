@@ -1,0 +1,96 @@
+"""`vllm serve --kv-compression fastkv` as a client sees it: answers, figures, log."""
+
+import openai
+import pytest
+
+from benchmarks.server import sample_value
+from benchmarks.tiny_model.language import make_example
+from fastkv_vllm.adapter.metrics import COUNTERS, LEFT_ALONE, STASH_BYTES
+from fastkv_vllm.config import CompressionConfig
+from tests.server.conftest import MODEL, SETTINGS, client_of
+
+LONG = [make_example("niah", 1024, seed) for seed in range(4)]
+SHORT = make_example("niah", 300, 0)
+BLOCK_SIZE = 32
+
+
+def complete(server, example, **arguments):
+    return client_of(server).completions.create(
+        model=MODEL, prompt=example.prompt, max_tokens=8, temperature=0, **arguments
+    )
+
+
+def stream(server, example):
+    chunks = complete(server, example, stream=True)
+    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+
+def test_a_compressing_server_answers_and_counts(compressing_server):
+    """Right answers from a tenth of the cache, and figures that match the requests sent."""
+    before = compressing_server.metrics()
+    answers = [complete(compressing_server, example).choices[0].text.strip() for example in LONG[:2]]
+    answers += [stream(compressing_server, example).strip() for example in LONG[2:]]
+    assert answers == [example.answer for example in LONG]
+    assert complete(compressing_server, SHORT).choices[0].text.strip() == SHORT.answer
+
+    after = compressing_server.metrics()
+    labels = {"model_name": MODEL, "engine": "0"}
+    grown = {
+        name: sample_value(after, f"{name}_total", **labels) - sample_value(before, f"{name}_total", **labels)
+        for name in COUNTERS
+    }
+    plan = CompressionConfig(method="fastkv", **SETTINGS).plan(1024, BLOCK_SIZE)
+    num = len(LONG)
+    assert grown["vllm:fastkv_requests_compressed"] == num
+    assert grown["vllm:fastkv_prompt_tokens_seen"] == num * 1024
+    assert grown["vllm:fastkv_prompt_tokens_kept"] == num * plan.num_kept
+    assert grown["vllm:fastkv_blocks_freed"] == num * plan.num_freed_blocks
+    assert grown["vllm:fastkv_tsp_rows_in"] == num * 1024
+    assert grown["vllm:fastkv_tsp_rows_out"] == num * plan.num_tsp
+    assert grown["vllm:fastkv_score_seconds"] > 0 and grown["vllm:fastkv_compact_seconds"] > 0
+    short, left_alone = {"reason": "short", **labels}, f"{LEFT_ALONE}_total"
+    assert sample_value(after, left_alone, **short) - sample_value(before, left_alone, **short) == 1
+    assert sample_value(after, STASH_BYTES, **labels) == 0
+
+
+def test_the_metrics_are_there_with_their_labels(compressing_server):
+    samples = compressing_server.metrics()
+    for name in [*(f"{name}_total" for name in COUNTERS), STASH_BYTES]:
+        assert [sample.labels for sample in samples[name]] == [{"model_name": MODEL, "engine": "0"}], name
+
+
+def test_the_log_has_the_start_up_table(compressing_server):
+    log = compressing_server.log.read_text()
+    assert "FastKV compression is on for" in log
+    for name, value in {
+        "method": "fastkv",
+        "retention_ratio": "0.1",
+        "tsp": "on after layer 5",
+        "prefix_caching": "off",
+        "scheduler": "CompressionScheduler",
+    }.items():
+        assert any(line.split()[-len(value.split()) - 1 :] == [name, *value.split()] for line in log.splitlines()), name
+
+
+def test_prompt_logprobs_are_an_error_of_that_request(compressing_server):
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs cannot be had"):
+        complete(compressing_server, SHORT, extra_body={"prompt_logprobs": 1})
+    assert complete(compressing_server, SHORT).choices[0].text.strip() == SHORT.answer
+
+
+def test_a_client_that_goes_away_leaves_nothing(compressing_server):
+    chunks = client_of(compressing_server).completions.create(
+        model=MODEL, prompt=LONG[0].prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(chunks))
+    chunks.close()
+    assert complete(compressing_server, LONG[1]).choices[0].text.strip() == LONG[1].answer
+    samples = compressing_server.metrics()
+    assert sample_value(samples, "vllm:kv_cache_usage_perc") == 0
+    assert sample_value(samples, "vllm:num_requests_running") == 0
+
+
+def test_a_plain_server_has_none_of_it(plain_server):
+    assert complete(plain_server, LONG[0]).choices[0].text.strip() == LONG[0].answer
+    assert not [name for name in plain_server.metrics() if "fastkv" in name]
+    assert "FastKV compression is on" not in plain_server.log.read_text()

@@ -1,0 +1,61 @@
+"""README and docs say what the code does."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fastkv_vllm.adapter.conflicts import CONFLICTS
+from fastkv_vllm.adapter.metrics import COUNTERS, LEFT_ALONE, STASH_BYTES
+from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import method_class, method_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def conflict_table() -> str:
+    """The README's table of conflicts, from the code's."""
+    rows = [f"| {conflict.needs} | {conflict.remedy} |" for conflict in CONFLICTS]
+    return "\n".join(["| it needs | otherwise |", "|---|---|", *rows])
+
+
+def test_conflict_table_is_the_codes() -> None:
+    assert conflict_table() in (ROOT / "README.md").read_text(), conflict_table()
+
+
+def test_settings_table_has_each_field() -> None:
+    keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    fields = [field.name for field in dataclasses.fields(CompressionConfig) if field.name != "method"]
+    assert sorted(keys) == sorted(fields)
+
+
+def test_settings_in_samples_are_valid() -> None:
+    samples = [
+        sample
+        for page in PAGES
+        for sample in re.findall(r"--kv-compression (\w+) --kv-compression-config '([^']+)'", page.read_text())
+    ]
+    assert samples
+    for method, text in samples:
+        CompressionConfig.from_mapping(method, json.loads(text))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_each_method_has_its_section_with_its_source(name: str) -> None:
+    section = (ROOT / "docs/methods.md").read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
+    assert method_class(name).source in section
+
+
+def test_each_metric_is_documented() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    for name in [*(f"{counter}_total" for counter in (*COUNTERS, LEFT_ALONE)), STASH_BYTES]:
+        assert f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
