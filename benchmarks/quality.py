@@ -146,7 +146,7 @@ def main() -> None:
         report = {
             "benchmark": "quality",
             "environment": environment,
-            "model": str(CHECKPOINT),
+            "model": CHECKPOINT.relative_to(Path(__file__).parents[1]).as_posix(),
             "configs": {method: tiny_model_config(method) for method in methods if method != PLAIN},
             "results": _as_json(results),
         }
