@@ -22,10 +22,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.environment import describe_environment
@@ -94,12 +95,23 @@ def run_child(run: Run, environment: dict[str, str]) -> Result:
     Raises:
         RuntimeError: it failed, or used more than one core; the message ends with its last lines.
     """
+    result = Result(**run_in_child("benchmarks.speed_child", asdict(run), environment))
+    if sum(result.cpu_s) > 1.05 * sum(result.wall_s):
+        raise RuntimeError(f"{run} used more than one core: CPU {result.cpu_s}, wall {result.wall_s} s")
+    return result
+
+
+def run_in_child(module: str, task: dict[str, Any], environment: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """Give a task to a module in a fresh process, through JSON files, and return its answer.
+
+    Raises:
+        RuntimeError: it failed; the message ends with its last lines.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        source, target = Path(directory, "run.json"), Path(directory, "result.json")
-        source.write_text(json.dumps(asdict(run)))
-        command = [sys.executable, "-m", "benchmarks.speed_child", str(source), str(target)]
+        source, target = Path(directory, "task.json"), Path(directory, "answer.json")
+        source.write_text(json.dumps(task))
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", module, str(source), str(target)],
             env={**os.environ, **CHILD_ENVIRONMENT, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -107,11 +119,8 @@ def run_child(run: Run, environment: dict[str, str]) -> Result:
         )
         if done.returncode != 0:
             tail = "\n".join(done.stdout.splitlines()[-15:])
-            raise RuntimeError(f"{run} failed with exit status {done.returncode}:\n{tail}")
-        result = Result(**json.loads(target.read_text()))
-    if sum(result.cpu_s) > 1.05 * sum(result.wall_s):
-        raise RuntimeError(f"{run} used more than one core: CPU {result.cpu_s}, wall {result.wall_s} s")
-    return result
+            raise RuntimeError(f"{module} {task} failed with exit status {done.returncode}:\n{tail}")
+        return json.loads(target.read_text())
 
 
 def summarise(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:

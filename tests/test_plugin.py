@@ -130,7 +130,9 @@ print(json.dumps(found))
 
 def run(command: list[str], directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     ours = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", **environment}
-    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    # Engine tests of the same session have chosen a model runner for this process.
+    chosen = ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER")
+    inherited = {name: value for name, value in os.environ.items() if name not in chosen}
     return subprocess.run(
         command, cwd=directory, env=inherited | ours, capture_output=True, text=True, timeout=300, check=False
     )
