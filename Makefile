@@ -26,8 +26,7 @@ demo: setup ## Show what compression saves and what it keeps, on the tiny model
 
 serve: setup ## Serve the tiny model with --kv-compression fastkv on HOST:PORT
 	.venv/bin/vllm serve $(CHECKPOINT) --kv-compression fastkv --kv-compression-config '{"tsp_layer": 5}' \
-		--host $(HOST) --port $(PORT) --served-model-name tiny --block-size 32 --max-model-len 4096 \
-		--no-enable-prefix-caching
+		--host $(HOST) --port $(PORT) --served-model-name tiny --block-size 32 --max-model-len 4096
 
 test: setup ## Run all tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(PY) -m pytest $(PYTEST_ARGS)
