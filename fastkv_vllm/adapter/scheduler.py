@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
+from fastkv_vllm.adapter.request import context_tokens
 from fastkv_vllm.adapter.step import CompressionStats, attach_plan, stats_of
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
@@ -57,7 +58,7 @@ class _CompressionMixin(Scheduler):
         if num_computed_tokens >= request.num_prompt_tokens:
             return num_new_tokens
         plan = self._plan(request)
-        if isinstance(plan, LeftAlone):
+        if isinstance(plan, LeftAlone) or num_computed_tokens >= plan.num_tokens:
             return num_new_tokens
         self.manager.plans[request.request_id] = plan
         num_new_tokens = min(num_new_tokens, plan.num_tokens - num_computed_tokens)
@@ -76,7 +77,7 @@ class _CompressionMixin(Scheduler):
         for rid in scheduled:
             if rid in self.manager.plans and rid not in self.manager.null_blocks:
                 prefills[rid] = self.manager.plans[rid]
-            else:
+            elif rid not in self.manager.plans:
                 self._count_left_alone(self.requests[rid], scheduled[rid])
         super()._update_after_schedule(scheduler_output)
         ended = [rid for rid, plan in prefills.items() if self.requests[rid].num_computed_tokens >= plan.num_tokens]
@@ -116,7 +117,8 @@ class _CompressionMixin(Scheduler):
     def _plan(self, request: Request) -> PromptPlan | LeftAlone:
         if request.streaming_queue is not None:
             return LeftAlone.SESSION
-        return self.compression.plan(request.num_prompt_tokens, self.manager.block_size)
+        num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
+        return self.compression.plan(num_tokens, self.manager.block_size)
 
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
         for stats in (self.totals, self._unreported):

@@ -37,7 +37,7 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     """
     config = configured(args)
     if config is None:
-        validate_request.PATCH.uninstall()
+        validate_request.uninstall()
         if os.environ.get(_RUNNER_VARIABLE) == _RUNNER_V1:
             del os.environ[_RUNNER_VARIABLE]
         return None
@@ -68,10 +68,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
-    if config.uses_tsp:
-        validate_request.PATCH.install()
-    else:
-        validate_request.PATCH.uninstall()
+    validate_request.install(uses_tsp=config.uses_tsp)
     rows = {
         **config.to_mapping(),
         "tsp": f"on after layer {config.tsp_layer}" if config.uses_tsp else "off",

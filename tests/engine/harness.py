@@ -131,36 +131,53 @@ class Engine:
         finally:
             self.before_schedule, self.after_schedule = [], []
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, **parameters: Any) -> list[RequestOutput]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        contexts: Sequence[int | None] | None = None,
+        **parameters: Any,
+    ) -> list[RequestOutput]:
+        """Answers to the prompts; with `contexts` only so many leading tokens of each are compressed (None: all)."""
+        extra = [None if n is None else {"kv_context_tokens": n} for n in contexts or [None] * len(prompts)]
         return self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            sampling(max_tokens, **parameters),
+            [sampling(max_tokens, extra_args=args, **parameters) for args in extra],
             use_tqdm=False,
         )
 
-    def check(self, prompts: Sequence[tuple[int, ...]], max_tokens: int = 36) -> list[RequestOutput]:
+    def check(
+        self, prompts: Sequence[tuple[int, ...]], max_tokens: int = 36, contexts: Sequence[int | None] | None = None
+    ) -> list[RequestOutput]:
         """Generate and require the reference's answers, counters that tell what happened, and an idle engine.
 
         Prompts whose answer hangs on float noise get another last token.
         """
-        prompts = [clear(self.checkpoint, self.config, prompt, max_tokens) for prompt in prompts]
+        contexts = contexts or [None] * len(prompts)
+        prompts = [
+            clear(self.checkpoint, self.config, prompt, max_tokens, num_context)
+            for prompt, num_context in zip(prompts, contexts, strict=True)
+        ]
         before, num_preempted = self._counts(), len(self.preemptions)
-        outputs = self.generate(prompts, max_tokens)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            self.require_reference(prompt, output, max_tokens)
+        outputs = self.generate(prompts, max_tokens, contexts)
+        for prompt, output, num_context in zip(prompts, outputs, contexts, strict=True):
+            self.require_reference(prompt, output, max_tokens, num_context)
         if self.config is not None:
             counts = [now - then for now, then in zip(self._counts(), before, strict=True)]
             # A prompt that had ended when it was preempted ends, and counts, once more.
             ended = [p.num_prompt_tokens for p in self.preemptions[num_preempted:] if p.prompt_ended]
-            plans = [plan_of(self.config, num_tokens) for num_tokens in [*map(len, prompts), *ended]]
+            lengths = [num_context or len(prompt) for prompt, num_context in zip(prompts, contexts, strict=True)]
+            plans = [plan_of(self.config, num_tokens) for num_tokens in [*lengths, *ended]]
             done = [plan for plan in plans if isinstance(plan, PromptPlan)]
             expected = [len(done), len(plans) - len(done), sum(plan.num_tokens for plan in done)]
             assert counts == expected, f"compressed, left alone, tokens seen: {counts}, expected {expected}"
         self.require_idle()
         return outputs
 
-    def require_reference(self, prompt: tuple[int, ...], output: RequestOutput, max_tokens: int) -> None:
-        expected = reference(self.checkpoint, self.config, prompt, max_tokens)
+    def require_reference(
+        self, prompt: tuple[int, ...], output: RequestOutput, max_tokens: int, num_context: int | None = None
+    ) -> None:
+        expected = reference(self.checkpoint, self.config, prompt, max_tokens, num_context)
         where = f"prompt of {len(prompt)} tokens, {output.num_cached_tokens} of them from the prefix cache"
         tokens = list(output.outputs[0].token_ids)
         for step, (got, want) in enumerate(zip(tokens, expected.tokens, strict=True)):

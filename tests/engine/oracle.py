@@ -44,22 +44,32 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
 
 
 def reference(
-    checkpoint: Path, config: CompressionConfig | None, prompt: tuple[int, ...], max_tokens: int
+    checkpoint: Path,
+    config: CompressionConfig | None,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    num_context: int | None = None,
 ) -> Generation:
-    """Greedy generation of the reference model that drops what `config` drops."""
-    return _generate(checkpoint, prompt, max_tokens, drop_of(config, len(prompt)))[0]
+    """Greedy generation of the reference model that drops what `config` drops, after `num_context` prompt tokens."""
+    num_context = num_context or len(prompt)
+    return _generate(checkpoint, prompt, max_tokens, drop_of(config, num_context), num_context)[0]
 
 
 def clear(
-    checkpoint: Path, config: CompressionConfig | None, prompt: tuple[int, ...], max_tokens: int
+    checkpoint: Path,
+    config: CompressionConfig | None,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    num_context: int | None = None,
 ) -> tuple[int, ...]:
-    """The prompt, with another last token where float32 noise could decide which entry or token is chosen.
+    """The prompt, its context with another last token where float32 noise could decide which entry or token is chosen.
 
     Two ways to add the same numbers differ by up to 1e-5 of a score in late layers; another machine adds in another
     order. Exact ties are clear: the lower position wins on both sides.
     """
-    while not _is_clear(*_generate(checkpoint, prompt, max_tokens, drop_of(config, len(prompt)))):
-        prompt = (*prompt[:-1], 4 + (prompt[-1] - 3) % 496)
+    end = num_context or len(prompt)
+    while not _is_clear(*_generate(checkpoint, prompt, max_tokens, drop_of(config, end), end)):
+        prompt = (*prompt[: end - 1], 4 + (prompt[end - 1] - 3) % 496, *prompt[end:])
     return prompt
 
 
@@ -74,7 +84,7 @@ def _model(checkpoint: Path) -> ReferenceModel:
 
 @cache
 def _generate(
-    checkpoint: Path, prompt: tuple[int, ...], max_tokens: int, drop: Drop | None
+    checkpoint: Path, prompt: tuple[int, ...], max_tokens: int, drop: Drop | None, num_context: int
 ) -> tuple[Generation, float]:
     """Generation, and the smallest relative distance between a chosen score and one that was not."""
     gaps = [1.0]
@@ -91,4 +101,4 @@ def _generate(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)
-        return _model(checkpoint).generate(prompt, max_tokens, drop), min(gaps)
+        return _model(checkpoint).generate(prompt, max_tokens, drop, num_context), min(gaps)

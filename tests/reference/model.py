@@ -75,15 +75,21 @@ class ReferenceModel:
         return self._head(hidden)
 
     @torch.inference_mode()
-    def generate(self, prompt: Sequence[int], max_tokens: int, drop: Drop | None = None) -> Generation:
+    def generate(
+        self, prompt: Sequence[int], max_tokens: int, drop: Drop | None = None, num_context: int | None = None
+    ) -> Generation:
         """Decode greedily for max_tokens tokens, whatever they are: no token stops it.
 
         Prefill attention runs over all entries the layer sees; drop applies once, after it. What is
-        generated stays.
+        generated stays. With num_context the drop comes after so many prompt tokens, and the rest of the prompt is
+        read token by token, as if it had been generated.
 
         Raises: ValueError if drop does not fit the prompt.
         """
-        hidden, layers, kept, tsp_indices = self._prefill(prompt, drop)
+        num_context = len(prompt) if num_context is None else num_context
+        hidden, layers, kept, tsp_indices = self._prefill(prompt[:num_context], drop)
+        for position in range(num_context, len(prompt)):
+            hidden = self._decode(layers, prompt[position], position)
         tokens, logprobs, margins = [], [], []
         while True:
             logits = self._head(hidden[-1])

@@ -78,6 +78,21 @@ def test_prompt_logprobs_are_an_error_of_that_request(compressing_server):
     assert complete(compressing_server, SHORT).choices[0].text.strip() == SHORT.answer
 
 
+def test_a_context_is_compressed_before_its_question(compressing_server):
+    """What the question asks for was not asked when the choice was made: the answer is lost, which proves it."""
+    num_context = len(LONG[0].prompt_ids) - len(LONG[0].prompt.split("? ")[1].split()) - 1
+    before = sample_value(compressing_server.metrics(), "vllm:fastkv_prompt_tokens_seen_total")
+    reply = complete(compressing_server, LONG[0], extra_body={"vllm_xargs": {"kv_context_tokens": num_context}})
+    assert reply.choices[0].text.strip() != LONG[0].answer
+    assert sample_value(compressing_server.metrics(), "vllm:fastkv_prompt_tokens_seen_total") - before == num_context
+
+
+def test_a_bad_context_is_an_error_of_that_request(compressing_server):
+    with pytest.raises(openai.BadRequestError, match=r"kv_context_tokens must be an integer in 1\.\."):
+        complete(compressing_server, LONG[0], extra_body={"vllm_xargs": {"kv_context_tokens": 100_000}})
+    assert complete(compressing_server, SHORT).choices[0].text.strip() == SHORT.answer
+
+
 def test_a_client_that_goes_away_leaves_nothing(compressing_server):
     chunks = client_of(compressing_server).completions.create(
         model=MODEL, prompt=LONG[0].prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
