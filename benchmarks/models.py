@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Size of a Llama. Defaults: 16 layers, d 512, groups of 4 query heads, 16 KiB of bfloat16 cache a token."""
+    """Size of a Llama. Defaults: 16 layers, d 512, groups of 4 query heads, 8 KiB of bfloat16 cache a token."""
 
     num_hidden_layers: int = 16
     hidden_size: int = 512

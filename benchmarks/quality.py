@@ -1,156 +1,314 @@
-"""How often a served model still answers right when its prompts are compressed.
+"""What a method at a ratio does to answers: questions to real servers over the OpenAI API.
 
-python -m benchmarks.quality [--methods none,fastkv,...] [--tasks niah,mk,mq] [--lengths 1024,2048] [-n 48]
+python -m benchmarks.quality [--methods none,fastkv,...] [--ratios 0.1] [--protocols question,context] [--json FILE]
+python -m benchmarks.quality --suite ruler --model MODEL_DIR [--data DIR] --lengths 4096,16384
 
-One `vllm serve` per method (default: plain vLLM and all registered methods, each with its defaults), the same
-questions to each through the OpenAI API, temperature 0. A cell is the share of exactly right answers with its 95 %
-Wilson interval and, below plain, its ratio to plain. Of multi-turn tasks only the first question is asked.
+One `vllm serve` per method and ratio, the same questions to each, temperature 0. A cell is the mean score with its
+95 % interval and, for a method, its ratio to plain vLLM in the same run. Plain vLLM is asked each prompt once, whatever
+the protocol.
 
-Ends with an error where a server's own counters do not say that each prompt was compressed.
+| protocol | what is compressed | what a later turn of one conversation sees |
+|---|---|---|
+| question | the whole prompt, its question included | everything before it, compressed afresh |
+| context | the context, before the question is read | each question stands alone: one context, many requests |
+| once | context and first question | what stayed of them, and the turns since |
+
+Ends with an error where a server's own counters do not say that each prompt was compressed that should have been.
 """
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import sqrt
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import openai
+from transformers import AutoTokenizer
+
 from benchmarks.environment import describe_environment
-from benchmarks.questions import CHECKPOINT, PLAIN, ask, tiny_model_config
-from benchmarks.server import Server, sample_value, serve
+from benchmarks.prompts import PROTOCOLS, Prompt, PromptBuilder
+from benchmarks.questions import CHECKPOINT, PLAIN, tiny_model_config
+from benchmarks.scores import summarise
+from benchmarks.server import BLOCK_SIZE, Server, sample_value, serve
+from benchmarks.suites import SUITES, make_suite
 from benchmarks.table import format_table
-from benchmarks.tiny_model.language import TASKS, make_example
+from fastkv_vllm.cache import PromptPlan
+from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import method_names
 
-Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 CONCURRENCY = 4
+NUM_DEPTHS = 10  # rows of a needle map
+QUICK = {"tasks": "niah,mk,mv", "lengths": "1024", "n": 24}
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Right answers out of questions asked."""
+class Contender:
+    """What is served: a method with its settings, or plain vLLM with none."""
 
-    num_right: int
-    num_asked: int
-
-    @property
-    def share(self) -> float:
-        return self.num_right / self.num_asked
+    method: str
+    config: dict[str, Any]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson score interval of the share."""
-        n, p, z = self.num_asked, self.share, Z_95
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(middle - half, 0.0), min(middle + half, 1.0)
+    def is_plain(self) -> bool:
+        return self.method == PLAIN
+
+    @property
+    def name(self) -> str:
+        return self.method if self.is_plain else f"{self.method} {self.config['retention_ratio']:g}"
 
 
-Cells = dict[tuple[str, int], Accuracy]  # by task and prompt length
+@dataclass(frozen=True)
+class Cell:
+    """A column of the table; `turns` is "1" or, of a conversation, "2+"."""
+
+    task: str
+    group: str
+    protocol: str
+    turns: str
+
+    def __str__(self) -> str:
+        turns = "" if self.turns == "1" else f"turns {self.turns}"
+        return " ".join(filter(None, (self.task, self.group, turns)))
 
 
-def measure(method: str, tasks: Sequence[str], lengths: Sequence[int], num_questions: int) -> Cells:
-    """Accuracy of one method in each cell, on a server of its own.
+@dataclass(frozen=True)
+class Answer:
+    """What came back; one that is not finished was cut off."""
+
+    text: str
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer's score and where it belongs."""
+
+    cell: Cell
+    prompt: Prompt
+    answer: Answer
+    score: float
+
+
+def measure(
+    contender: Contender, model: Path, prompts: dict[str, list[Prompt]], extra: Sequence[str] = ()
+) -> list[Scored]:
+    """All answers of one contender, given by a server of its own.
+
+    Args:
+        prompts: by protocol; what two protocols share is asked once.
+        extra: more flags for the server.
 
     Raises:
-        RuntimeError: the server did not compress each prompt, or compressed for plain.
+        RuntimeError: the server did not compress what it should have, or compressed something else.
     """
-    flags: dict[str, Any] = {}
-    if method != PLAIN:
-        flags = {"method": method, "config": tiny_model_config(method)}
-    cells = {}
-    with serve(CHECKPOINT, extra=["--enforce-eager"], **flags) as server:
-        for task in tasks:
-            for length in lengths:
-                examples = [make_example(task, length, seed) for seed in range(num_questions)]
-                replies = ask(server, examples, concurrency=CONCURRENCY)
-                right = sum(reply.is_right(example) for reply, example in zip(replies, examples, strict=True))
-                cells[task, length] = Accuracy(right, num_questions)
-                print(f"{method}, {task} {length}: {right} of {num_questions}", file=sys.stderr, flush=True)
-        _require_compressed(server, method, len(cells) * num_questions)
-    return cells
+    flags = {} if contender.is_plain else {"method": contender.method, "config": contender.config}
+    answers: dict[tuple[int, ...], Answer] = {}
+    scored = []
+    with serve(model, extra=["--enforce-eager", *extra], **flags) as server:
+        for protocol, batch in prompts.items():
+            keys = [(0 if contender.is_plain else p.num_compressed, *p.token_ids) for p in batch]
+            fresh = {key: p for key, p in zip(keys, batch, strict=True) if key not in answers}
+            answers |= dict(zip(fresh, ask(server, list(fresh.values()), contender), strict=True))
+            for key, prompt in zip(keys, batch, strict=True):
+                turns = "1" if protocol == "context" or prompt.turn == 0 else "2+"
+                cell = Cell(prompt.question.task, prompt.question.group, protocol, turns)
+                scored.append(Scored(cell, prompt, answers[key], score(prompt, answers[key])))
+            print(f"{contender.name}, {protocol}: {len(fresh)} prompts asked", file=sys.stderr, flush=True)
+        require_compressed(server, contender, [key[0] for key in answers])
+    return scored
 
 
-def _require_compressed(server: Server, method: str, num_prompts: int) -> None:
+def ask(server: Server, prompts: Sequence[Prompt], contender: Contender) -> list[Answer]:
+    """Answers to the prompts, in order, at temperature 0."""
+
+    def complete(prompt: Prompt) -> Answer:
+        extra = {} if contender.is_plain else {"vllm_xargs": {"kv_context_tokens": prompt.num_compressed}}
+        choice = client.completions.create(
+            model=server.model,
+            prompt=prompt.token_ids,
+            temperature=0,
+            max_tokens=prompt.question.max_new_tokens,
+            extra_body=extra,
+        ).choices[0]
+        return Answer(choice.text, choice.finish_reason == "stop")
+
+    with (
+        openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=1800) as client,
+        ThreadPoolExecutor(CONCURRENCY) as pool,
+    ):
+        return list(pool.map(complete, prompts))
+
+
+def score(prompt: Prompt, answer: Answer) -> float:
+    """Score in [0, 1]; an answer that was cut off is wrong where the question asks for an end."""
+    question = prompt.question
+    if question.needs_end and not answer.is_finished:
+        return 0.0
+    return question.metric(answer.text, question.turns[prompt.turn].answers)
+
+
+def require_compressed(server: Server, contender: Contender, num_compressed: Sequence[int]) -> None:
+    """Refuse figures of a server that did not do what it was asked to.
+
+    Args:
+        num_compressed: leading tokens to compress, of each prompt sent.
+
+    Raises:
+        RuntimeError: the server's counters differ from what its settings mean for these prompts.
+    """
     samples = server.metrics()
+    expected = 0
+    if not contender.is_plain:
+        config = CompressionConfig.from_mapping(contender.method, contender.config)
+        expected = sum(isinstance(config.plan(n, BLOCK_SIZE), PromptPlan) for n in num_compressed)
     compressed = sample_value(samples, "vllm:fastkv_requests_compressed_total")
-    expected = 0 if method == PLAIN else num_prompts
-    if compressed != expected:
+    is_idle = expected == 0 and not contender.is_plain and contender.config["retention_ratio"] < 1
+    if compressed != expected or is_idle:
         left_alone = sample_value(samples, "vllm:fastkv_requests_left_alone_total")
         raise RuntimeError(
-            f"{method}: {num_prompts} prompts sent, {compressed:.0f} compressed (expected {expected}), "
-            f"{left_alone:.0f} left alone; prompts under min_tokens cannot be measured"
+            f"{contender.name}: {len(num_compressed)} prompts sent, {expected} of them to compress; the server "
+            f"compressed {compressed:.0f} and left {left_alone:.0f} alone"
         )
 
 
-def print_results(results: dict[str, Cells]) -> None:
-    """One row per method, one column per task and length."""
-    columns = list(next(iter(results.values())))
-    header = ["exact match", *(f"{task} {length}" for task, length in columns)]
-    rows = [[method, *(_cell(results, method, column) for column in columns)] for method in results]
-    print(f"\n{format_table(header, rows)}")
+def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of the report per cell.
+
+    Args:
+        plain: rows of plain vLLM in the same run, or none; what the ratios refer to.
+    """
+    plain_means = {_cell_of(row): row["mean"] for row in plain}
+    rows = []
+    for cell in dict.fromkeys(s.cell for s in scored):
+        members = [s for s in scored if s.cell == cell]
+        row = {"method": contender.method, "config": contender.config, **asdict(cell)}
+        row |= asdict(summarise([s.score for s in members]))
+        row["ratio_to_plain"] = row["mean"] / plain_means[cell] if plain_means.get(cell) else None
+        row["truncated"] = sum(s.prompt.is_truncated for s in members)
+        if all("depth" in s.prompt.question.meta for s in members):
+            row["by_depth"] = _by_depth(members)
+        rows.append(row)
+    return rows
 
 
-def _cell(results: dict[str, Cells], method: str, column: tuple[str, int]) -> str:
-    accuracy = results[method][column]
-    text = "{:.2f} [{:.2f}, {:.2f}]".format(accuracy.share, *accuracy.interval)
-    ratio = _ratio(results, method, column)
-    return text if ratio is None or method == PLAIN else f"{text} x{ratio:.2f}"
+def _by_depth(members: Sequence[Scored]) -> list[list[float]]:
+    """Sum of scores and questions per tenth of the context the needle lies in."""
+    bins = [[0.0, 0] for _ in range(NUM_DEPTHS)]
+    for member in members:
+        place = bins[min(int(member.prompt.question.meta["depth"] * NUM_DEPTHS), NUM_DEPTHS - 1)]
+        place[0] += member.score
+        place[1] += 1
+    return bins
 
 
-def _ratio(results: dict[str, Cells], method: str, column: tuple[str, int]) -> float | None:
-    """Accuracy over plain's; None where plain was not measured or has no right answer."""
-    plain = results[PLAIN][column].share if PLAIN in results else 0.0
-    return results[method][column].share / plain if plain else None
+def tables(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Per protocol its title and its Markdown table, from the report alone."""
+    made = []
+    for protocol in dict.fromkeys(row["protocol"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["protocol"] == protocol]
+        cells = list(dict.fromkeys(map(_cell_of, rows)))
+        lines: dict[str, dict[Cell, str]] = {}
+        for row in rows:
+            text = f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            if row["method"] != PLAIN and row["ratio_to_plain"] is not None:
+                text += f" x{row['ratio_to_plain']:.2f}"
+            lines.setdefault(Contender(row["method"], row["config"]).name, {})[_cell_of(row)] = text
+        body = [[name, *(line.get(cell, "") for cell in cells)] for name, line in lines.items()]
+        made.append((protocol, format_table([f"protocol {protocol}", *map(str, cells)], body)))
+    return made
 
 
-def _as_json(results: dict[str, Cells]) -> list[dict[str, object]]:
-    return [
-        {
-            "method": method,
-            "task": task,
-            "length": length,
-            "num_right": accuracy.num_right,
-            "num_asked": accuracy.num_asked,
-            "share": accuracy.share,
-            "interval_95": accuracy.interval,
-            "ratio_to_plain": _ratio(results, method, (task, length)),
-        }
-        for method, cells in results.items()
-        for (task, length), accuracy in cells.items()
-    ]
+def _cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(row["task"], row["group"], row["protocol"], row["turns"])
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join([PLAIN, *method_names()]), help="comma-separated")
-    parser.add_argument("--tasks", default="niah,mk,mq", help=f"of {', '.join(TASKS)}, comma-separated")
-    parser.add_argument("--lengths", default="1024,2048", help="prompt tokens, comma-separated")
-    parser.add_argument("-n", type=int, default=48, help="questions a cell")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    args = parser.parse_args()
-    methods, tasks = args.methods.split(","), args.tasks.split(",")
-    lengths = [int(length) for length in args.lengths.split(",")]
-    unknown = [name for name in methods if name not in (PLAIN, *method_names())]
-    unknown += [name for name in tasks if name not in TASKS]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}")
-    environment = describe_environment()
-    results = {method: measure(method, tasks, lengths, args.n) for method in methods}
-    print_results(results)
+    args = parse_args()
+    model = args.model or CHECKPOINT
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    suite = make_suite(args.suite, tokenizer, [int(n) for n in args.lengths.split(",")], args.data)
+    builder = PromptBuilder(tokenizer, args.max_model_len, args.chat)
+    prompts: dict[str, list[Prompt]] = {protocol: [] for protocol in args.protocols.split(",")}
+    for task in args.tasks.split(",") if args.tasks else suite.tasks:
+        for question in (q for group in suite.groups(task) for q in suite.questions(task, group, args.n)):
+            for protocol, batch in prompts.items():
+                if protocol != "once" or len(question.turns) > 1:
+                    batch += builder.prompts(question, protocol)
+    report = {
+        "benchmark": "quality",
+        "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+        "environment": describe_environment(),
+        "suite": args.suite,
+        "model": Path(model).name if args.model else CHECKPOINT.relative_to(Path(__file__).parents[1]).as_posix(),
+        "rows": [],
+    }
+    records = []
+    for contender in contenders(args):
+        scored = measure(contender, model, prompts, ["--max-model-len", str(args.max_model_len), *args.server_flag])
+        plain = [row for row in report["rows"] if row["method"] == PLAIN]
+        report["rows"] += make_rows(contender, scored, plain)
+        records += [
+            {"contender": contender.name, **asdict(s.cell), "turn": s.prompt.turn, **asdict(s.answer), "score": s.score}
+            for s in scored
+        ]
+    for _, table in tables(report):
+        print(f"\n{table}")
     if args.json is not None:
-        report = {
-            "benchmark": "quality",
-            "environment": environment,
-            "model": CHECKPOINT.relative_to(Path(__file__).parents[1]).as_posix(),
-            "configs": {method: tiny_model_config(method) for method in methods if method != PLAIN},
-            "results": _as_json(results),
-        }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.answers is not None:
+        args.answers.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def contenders(args: argparse.Namespace) -> list[Contender]:
+    """Plain vLLM once, each method at each ratio."""
+    made = []
+    for method in args.methods.split(","):
+        if method == PLAIN:
+            made.append(Contender(PLAIN, {}))
+            continue
+        settings = {**(tiny_model_config(method) if args.model is None else {}), **args.config.get(method, {})}
+        made += [Contender(method, {**settings, "retention_ratio": float(r)}) for r in args.ratios.split(",")]
+    return made
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line, checked as far as it can be without a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="tiny", help="tiny is the built-in one")
+    parser.add_argument("--model", type=Path, help="checkpoint directory (default: the repository's small model)")
+    parser.add_argument("--data", type=Path, help="directory of the suite's files")
+    parser.add_argument("--methods", default=",".join([PLAIN, *method_names()]), help="comma-separated")
+    parser.add_argument("--ratios", default="0.1", help="retention ratios, comma-separated")
+    parser.add_argument(
+        "--config", type=json.loads, default={}, help='more settings: \'{"fastkv": {"tsp_layer": 15}}\''
+    )
+    parser.add_argument("--protocols", default=",".join(PROTOCOLS), help="comma-separated")
+    parser.add_argument("--tasks", help="comma-separated (default: all of the suite)")
+    parser.add_argument("--lengths", default="1024,2048", help="prompt tokens, for suites that make their prompts")
+    parser.add_argument("-n", type=int, default=48, help="questions per task and group")
+    parser.add_argument("--max-model-len", type=int, default=4608, help="tokens; longer contexts lose their middle")
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument("--server-flag", action="append", default=[], help="one more flag of vllm serve; repeatable")
+    parser.add_argument("--quick", action="store_true", help=f"the main lines in minutes: {QUICK}")
+    parser.add_argument("--json", type=Path, help="file for the report")
+    parser.add_argument("--answers", type=Path, help="file for every single answer, one JSON object a line")
+    args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args()
+    for name, allowed in {"methods": (PLAIN, *method_names()), "protocols": PROTOCOLS}.items():
+        unknown = [word for word in getattr(args, name).split(",") if word not in allowed]
+        if unknown:
+            parser.error(f"--{name}: unknown {', '.join(unknown)}; known: {', '.join(allowed)}")
+    unknown = [task for task in (args.tasks or "").split(",") if task and task not in SUITES[args.suite].tasks]
+    if unknown:
+        parser.error(f"--tasks: unknown {', '.join(unknown)}; known: {', '.join(SUITES[args.suite].tasks)}")
+    return args
 
 
 if __name__ == "__main__":
