@@ -1,0 +1,90 @@
+"""What runs, and on what: the inputs of a prediction beside model and device."""
+
+from dataclasses import dataclass
+
+from benchmarks.roofline.shapes import ModelShape
+from fastkv_vllm.cache import PromptPlan
+from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import method_class
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the cache is kept.
+
+    What stays of a prompt is decided by the plugin's own configuration, so that the model and the code cannot differ.
+
+    Fields:
+        name: for tables.
+        compression: method, retention_ratio, tsp_ratio and tsp_layer; None: plain vLLM.
+        kv_bytes: bytes per cached number: 2 for bf16, 1 for fp8.
+        block_size: tokens per block.
+    """
+
+    name: str
+    compression: CompressionConfig | None = None
+    kv_bytes: int = 2
+    block_size: int = 16
+
+    def plan(self, context: int) -> PromptPlan | None:
+        """What stays of a prompt of `context` tokens; None: all of it."""
+        plan = self.compression.plan(context, self.block_size) if self.compression is not None else None
+        return plan if isinstance(plan, PromptPlan) else None
+
+    @property
+    def scores(self) -> bool:
+        """Whether window queries are held against all keys."""
+        return self.compression is not None and "queries" in method_class(self.compression.method).needs
+
+    def rows_of_layers(self, shape: ModelShape, context: int) -> dict[int, int]:
+        """Rows a layer sees of a prompt -> number of such layers; TSP gives two groups, else there is one."""
+        plan = self.plan(context)
+        if plan is None or plan.num_tsp is None:
+            return {context: shape.num_layers}
+        assert self.compression is not None, "a plan comes from a configuration"
+        layer = self.compression.for_model(num_layers=shape.num_layers, max_model_len=context).tsp_layer
+        assert layer is not None, "filled in for a model"
+        return {context: layer + 1, plan.num_tsp: shape.num_layers - layer - 1}
+
+    def entries_of_layers(self, shape: ModelShape, workload: "Workload") -> tuple[int, ...]:
+        """Entries each layer holds per KV head and request after `workload.generated` tokens."""
+        plan = self.plan(workload.context)
+        prompt = workload.context if plan is None else plan.num_kept
+        return (prompt + workload.generated,) * shape.num_layers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked for.
+
+    Fields:
+        context: tokens of each prompt, N.
+        batch: prompts that are computed together, and requests that decode together, b.
+        generated: tokens of each request after its prompt: a decode step reads them, the room must hold them.
+        tensor_parallel: ranks that share each layer.
+    """
+
+    context: int
+    batch: int = 1
+    generated: int = 0
+    tensor_parallel: int = 1
+
+
+def setting_of(
+    name: str,
+    *,
+    retention_ratio: float,
+    tsp_ratio: float,
+    tsp_layer: int | None = None,
+    block_size: int = 16,
+) -> Setting:
+    """The setting a name on the command line stands for: "plain", "fp8" (plain vLLM, fp8 cache) or a method.
+
+    Raises:
+        ValueError: no such method, or ratios that exclude each other.
+    """
+    if name in ("plain", "fp8"):
+        return Setting(name, kv_bytes=1 if name == "fp8" else 2, block_size=block_size)
+    tsp = {"tsp_ratio": tsp_ratio, "tsp_layer": tsp_layer} if method_class(name).propagates else {}
+    mapping = {"retention_ratio": retention_ratio, **tsp}
+    return Setting(name, CompressionConfig.from_mapping(name, mapping), block_size=block_size)
