@@ -41,6 +41,8 @@ from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import method_names
 
 CONCURRENCY = 4
+# One process less that waits in a busy loop; whoever serves with tensor parallelism says `mp` after it.
+SERVER_FLAGS = ("--enforce-eager", "--distributed-executor-backend", "uni")
 NUM_DEPTHS = 10  # rows of a needle map
 QUICK = {"tasks": "niah,mk,mv", "lengths": "1024", "n": 24}
 
@@ -108,7 +110,7 @@ def measure(
     flags = {} if contender.is_plain else {"method": contender.method, "config": contender.config}
     answers: dict[tuple[int, ...], Answer] = {}
     scored = []
-    with serve(model, extra=["--enforce-eager", *extra], **flags) as server:
+    with serve(model, extra=[*SERVER_FLAGS, *extra], **flags) as server:
         for protocol, batch in prompts.items():
             keys = [(0 if contender.is_plain else p.num_compressed, *p.token_ids) for p in batch]
             fresh = {key: p for key, p in zip(keys, batch, strict=True) if key not in answers}
@@ -248,8 +250,11 @@ def main() -> None:
         "rows": [],
     }
     records = []
-    for contender in contenders(args):
-        scored = measure(contender, model, prompts, ["--max-model-len", str(args.max_model_len), *args.server_flag])
+    flags = ["--max-model-len", str(args.max_model_len), *args.server_flag]
+    asked = contenders(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda contender: measure(contender, model, prompts, flags), asked))
+    for contender, scored in zip(asked, results, strict=True):
         plain = [row for row in report["rows"] if row["method"] == PLAIN]
         report["rows"] += make_rows(contender, scored, plain)
         records += [
@@ -294,6 +299,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4608, help="tokens; longer contexts lose their middle")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     parser.add_argument("--server-flag", action="append", default=[], help="one more flag of vllm serve; repeatable")
+    parser.add_argument("--jobs", type=int, default=1, help="servers at once")
     parser.add_argument("--quick", action="store_true", help=f"the main lines in minutes: {QUICK}")
     parser.add_argument("--json", type=Path, help="file for the report")
     parser.add_argument("--answers", type=Path, help="file for every single answer, one JSON object a line")

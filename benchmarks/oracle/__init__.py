@@ -1,0 +1,1 @@
+"""Outside judges of what we keep and of what it costs: NVIDIA's kvpress on the same checkpoint and prompts."""

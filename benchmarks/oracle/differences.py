@@ -1,0 +1,196 @@
+"""Where our definition of a method and kvpress's part, and how a comparison takes each difference out.
+
+`aligned` is a pair of settings under which both must keep the same entries up to ties. Each `Difference` says what
+was taken out; where it can be put back alone, `left_in` does so, and the overlap then measured is its size. Where only
+counts differ that size is known: a smaller budget is a subset (overlap: the smaller count over the larger), and a tail
+of t tokens over a window of w costs at most t - w of the kept entries. The other differences make another vote.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.oracle.engine_child import BLOCK_SIZE
+from benchmarks.questions import TSP_LAYER
+from fastkv_vllm.cache import LeftAlone
+from fastkv_vllm.config import CompressionConfig
+
+NUM_LAYERS = 8  # of the tiny model
+KVPRESS_VOTING = {"window_size": 64, "kernel_size": 5}  # SnapKVPress as shipped
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison.
+
+    Fields:
+        method, config: ours.
+        press, settings: theirs, `compression_ratio` not among the settings.
+        num_tokens: tokens of each prompt.
+        num_kept: entries they are to keep; None: as many as we do.
+        layers: those whose entries are compared.
+    """
+
+    method: str
+    config: dict[str, Any]
+    press: str
+    settings: dict[str, Any]
+    num_tokens: int
+    num_kept: int | None = None
+    layers: range = field(default=range(NUM_LAYERS))
+
+    @property
+    def kept_by_us(self) -> int:
+        plan = CompressionConfig.from_mapping(self.method, self.config).plan(self.num_tokens, BLOCK_SIZE)
+        if isinstance(plan, LeftAlone):
+            raise ValueError(f"{self.method} {self.config} leaves {self.num_tokens} tokens alone: {plan.value}")
+        return plan.num_kept
+
+    @property
+    def kept_by_them(self) -> int:
+        return self.kept_by_us if self.num_kept is None else self.num_kept
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether all layers are compared: an answer depends on all of them."""
+        return len(self.layers) == NUM_LAYERS
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference of definition.
+
+    Fields:
+        methods: ours that it concerns.
+        what: the point.
+        ours, theirs: what each side does.
+        taken_out: how an aligned pair has none of it.
+        left_in: an aligned pair with this difference put back; None where it cannot be, or cannot matter.
+    """
+
+    methods: tuple[str, ...]
+    what: str
+    ours: str
+    theirs: str
+    taken_out: str
+    left_in: Callable[[Pair], Pair] | None = None
+
+
+def compression_ratio(num_tokens: int, num_kept: int) -> float:
+    """What makes kvpress's `int(num_tokens * (1 - compression_ratio))` exactly `num_kept`: half an entry of room."""
+    if not 0 < num_kept < num_tokens:
+        raise ValueError(f"num_kept must be in 1..{num_tokens - 1}; got {num_kept}")
+    ratio = 1 - (num_kept + 0.5) / num_tokens
+    assert int(num_tokens * (1 - ratio)) == num_kept, f"{num_tokens} * (1 - {ratio}) is not {num_kept} and a half"
+    return ratio
+
+
+def aligned(method: str, retention_ratio: float, num_tokens: int, **voting: int) -> Pair:
+    """Settings under which kvpress must keep what we keep, as far as it has the method.
+
+    Args:
+        method: ours.
+        retention_ratio: ours; kvpress gets the count that follows from it.
+        num_tokens: tokens of each prompt.
+        voting: `window_size` and `kernel_size` of both sides, instead of our defaults.
+
+    Raises:
+        ValueError: the prompt is left alone, or ends in a block tail longer than the window.
+    """
+    if method == "streamingllm":
+        return Pair(method, {"retention_ratio": retention_ratio}, method, {"n_sink": 4}, num_tokens)
+    config: dict[str, Any] = {"retention_ratio": retention_ratio, "pooling": "avg", **voting}
+    layers = range(NUM_LAYERS)
+    if method == "fastkv":
+        config["tsp_layer"], layers = TSP_LAYER, range(TSP_LAYER + 1)
+    full = CompressionConfig.from_mapping(method, config)
+    if num_tokens % BLOCK_SIZE > full.window_size:
+        raise ValueError(
+            f"the length must leave at most {full.window_size} tokens over whole blocks of {BLOCK_SIZE}: a longer "
+            f"tail is always kept, which kvpress cannot do; got {num_tokens}"
+        )
+    settings = {"window_size": full.window_size, "kernel_size": full.kernel_size}
+    return Pair(method, config, "snapkv", settings, num_tokens, layers=layers)
+
+
+def _nominal_count(pair: Pair) -> int:
+    return int(pair.num_tokens * pair.config["retention_ratio"])
+
+
+def _as_shipped(pair: Pair) -> Pair:
+    config = {name: value for name, value in pair.config.items() if name != "pooling"}
+    return replace(pair, config=config, settings={}, num_kept=_nominal_count(pair))
+
+
+_VOTING = ("snapkv", "fastkv")
+_ALL = ("snapkv", "streamingllm", "fastkv")
+DIFFERENCES = (
+    Difference(
+        _VOTING,
+        "pooling over positions",
+        "max, or avg",
+        "avg",
+        'ours set to "avg"',
+        lambda pair: replace(pair, config=pair.config | {"pooling": "max"}),
+    ),
+    Difference(
+        _VOTING,
+        "window_size",
+        "8 unless set",
+        "64 unless set",
+        "theirs set to ours",
+        lambda pair: replace(pair, settings=pair.settings | {"window_size": KVPRESS_VOTING["window_size"]}),
+    ),
+    Difference(
+        _VOTING,
+        "kernel_size",
+        "7 unless set",
+        "5 unless set",
+        "theirs set to ours",
+        lambda pair: replace(pair, settings=pair.settings | {"kernel_size": KVPRESS_VOTING["kernel_size"]}),
+    ),
+    Difference(
+        _ALL,
+        "budget",
+        f"int(P * ratio), held in whole blocks of {BLOCK_SIZE}",
+        "int(P * (1 - compression_ratio))",
+        "compression_ratio computed from our count",
+        lambda pair: replace(pair, num_kept=_nominal_count(pair)),
+    ),
+    Difference(
+        _VOTING,
+        f"block tail of P % {BLOCK_SIZE} tokens",
+        "always stays",
+        "no such thing",
+        "a length whose tail lies in the window",
+        lambda pair: replace(pair, num_tokens=pair.num_tokens // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE - 1),
+    ),
+    Difference(_VOTING, "window queries", "sum", "mean", "nothing: the same order"),
+    Difference(_VOTING, "query heads of a group", "sum, after pooling", "mean, after pooling", "nothing: same order"),
+    Difference(_VOTING, "the window's own score", "+inf", "best score + 1", "nothing: both always keep it"),
+    Difference(_VOTING, "equal scores", "lower position", "as topk likes", "score gap of swapped entries reported"),
+    Difference(_VOTING, "sinks", "none unless set", "none", "nothing"),
+    Difference(("streamingllm",), "sinks", "4 unless set", "4 unless set", "nothing"),
+    Difference(_ALL, "keys", "rotated once, at their place", "the same, without KeyRerotationPress", "nothing"),
+    Difference(_ALL, "when", "after the layer's full attention", "the same, in a forward hook", "nothing"),
+    Difference(
+        _ALL,
+        "what is compressed",
+        "the prompt, its question too",
+        "the context, before the question",
+        "the whole prompt is their context",
+    ),
+    Difference(
+        _ALL, "first token", "from full attention", "from the question's pass", "theirs from the context's pass"
+    ),
+    Difference(_ALL, "short prompts", "left alone below min_tokens", "compressed", "longer prompts"),
+    Difference(
+        ("fastkv",),
+        f"layers after the TSP layer {TSP_LAYER}",
+        "keep out of the rows that went on",
+        "FastKV is not in kvpress; SnapKVPress",
+        "only layers up to it compared, no answers",
+        lambda pair: replace(pair, layers=range(TSP_LAYER + 1, NUM_LAYERS)),
+    ),
+    Difference(_ALL, "all of them, both sides as shipped", "", "", "", _as_shipped),
+)
