@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 # GiB for the KV cache on CPU; vLLM's own default takes a large share of the host's memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test lint format bench train-tiny docs clean
+.PHONY: help setup demo serve test lint format bench bench-speed train-tiny docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ format: setup ## Rewrite files in the house style
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: setup ## Measure speed and memory, compressed against plain vLLM
-	$(PY) -m benchmarks.speed
+bench: setup ## Measure what the plugin costs and saves in prefill (about ten minutes)
+	$(PY) -m benchmarks.speed --scenario prefill
+
+bench-speed: setup ## Answer all speed and memory questions (about an hour, on a quiet machine)
+	$(PY) -m benchmarks.speed --json benchmarks/results/speed.json
 
 train-tiny: setup ## Train the tiny model again (about ten minutes on one core)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.tiny_model.train

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +21,11 @@ def describe_environment() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def describe_command() -> str:
+    """The command line of this process, as one types it in the repository's root."""
+    return shlex.join([".venv/bin/python", *sys.orig_argv[1:]])
 
 
 def _cpu_model() -> str:

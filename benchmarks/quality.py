@@ -18,7 +18,6 @@ Ends with an error where a server's own counters do not say that each prompt was
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from typing import Any
 import openai
 from transformers import AutoTokenizer
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_command, describe_environment
 from benchmarks.prompts import PROTOCOLS, Prompt, PromptBuilder
 from benchmarks.questions import CHECKPOINT, PLAIN, tiny_model_config
 from benchmarks.scores import summarise
@@ -41,8 +40,6 @@ from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import method_names
 
 CONCURRENCY = 4
-# One process less that waits in a busy loop; whoever serves with tensor parallelism says `mp` after it.
-SERVER_FLAGS = ("--enforce-eager", "--distributed-executor-backend", "uni")
 NUM_DEPTHS = 10  # rows of a needle map
 QUICK = {"tasks": "niah,mk,mv", "lengths": "1024", "n": 24}
 
@@ -110,7 +107,7 @@ def measure(
     flags = {} if contender.is_plain else {"method": contender.method, "config": contender.config}
     answers: dict[tuple[int, ...], Answer] = {}
     scored = []
-    with serve(model, extra=[*SERVER_FLAGS, *extra], **flags) as server:
+    with serve(model, extra=["--enforce-eager", *extra], **flags) as server:
         for protocol, batch in prompts.items():
             keys = [(0 if contender.is_plain else p.num_compressed, *p.token_ids) for p in batch]
             fresh = {key: p for key, p in zip(keys, batch, strict=True) if key not in answers}
@@ -243,7 +240,7 @@ def main() -> None:
                     batch += builder.prompts(question, protocol)
     report = {
         "benchmark": "quality",
-        "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+        "command": describe_command(),
         "environment": describe_environment(),
         "suite": args.suite,
         "model": Path(model).name if args.model else CHECKPOINT.relative_to(Path(__file__).parents[1]).as_posix(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import run_in_child
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_command, describe_environment
 from benchmarks.judges import ROOT, JudgeMissing, judge_python
 from benchmarks.oracle import rival
 from benchmarks.oracle.differences import DIFFERENCES, KVPRESS_VOTING, Pair, aligned, compression_ratio
@@ -249,6 +249,7 @@ def main() -> int:
     else:
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
         report = compare_all(methods, ratios, args.prompts, args.length or 1024)
+    report["command"] = describe_command()
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if report.get("num_unexplained"):

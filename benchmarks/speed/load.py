@@ -1,0 +1,118 @@
+"""What one process is to do, with which configuration, and whether it did it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BLOCK_SIZE = 32
+STEP_TOKENS = 2048
+WARM_UP_TOKENS = 2048
+RANDOM_IDS = (3, 512)  # token ids of random prompts, the special ones left out
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration to measure.
+
+    Fields:
+        name: heads its rows.
+        method: value of kv_compression; None: plain vLLM.
+        config: value of kv_compression_config.
+        engine: more engine arguments. A setup with some and without a method is a rival: what vLLM has itself.
+        entry_bytes: bytes of one number in the cache, for engines to be held to; None: whatever it takes.
+        environment: more variables of its process.
+    """
+
+    name: str
+    method: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    entry_bytes: int | None = 2
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether prompts must come out compressed; with a method and False they must be left alone."""
+        return self.method is not None and self.config["retention_ratio"] < 1
+
+    @property
+    def propagates(self) -> bool:
+        """Whether fewer rows must leave the TSP layer than reached it."""
+        return self.compresses and "tsp_layer" in self.config
+
+    @property
+    def is_rival(self) -> bool:
+        return self.method is None and bool(self.engine)
+
+
+PLAIN = Setup("plain")
+UNLOADED = Setup("unloaded", environment={"VLLM_PLUGINS": ""})
+SNAPKV = Setup("snapkv", "snapkv", {"retention_ratio": 0.1})
+FASTKV = Setup("fastkv", "fastkv", {"retention_ratio": 0.1, "tsp_layer": 7, "tsp_ratio": 0.2})
+RETAINING = Setup("retention 1.0", "snapkv", {"retention_ratio": 1.0})
+FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine is to do after one request that warms it up: greedy answers that no token ends.
+
+    Fields:
+        num_requests: requests; all sent at once unless `concurrency` says otherwise.
+        prompt_tokens, output_tokens: tokens of each.
+        step_tokens: max_num_batched_tokens.
+        num_blocks: blocks of the pool, null block included, where a number takes 2 bytes; a setup whose numbers take
+            one gets twice as many: all have the same bytes. None: as many as fit into 1 GiB.
+        concurrency: most requests under way at a time; only a server's load has it.
+        task: a task of the tiny model's language, asked instead of random tokens.
+    """
+
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    step_tokens: int = STEP_TOKENS
+    num_blocks: int | None = None
+    concurrency: int | None = None
+    task: str | None = None
+
+    def blocks_of(self, setup: Setup) -> int | None:
+        """Blocks of the pool for a setup."""
+        return None if self.num_blocks is None else self.num_blocks * 2 // (setup.entry_bytes or 2)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a compressing engine says it did since it was started."""
+
+    compressed: int
+    left_alone: int
+    tsp_rows_in: int
+    tsp_rows_out: int
+
+
+def require_done(setup: Setup, counters: Counters | None, *, num_prompts: int, num_preemptions: int) -> None:
+    """Refuse figures of an engine that compressed when it should not have, or the other way round.
+
+    Args:
+        setup: what the engine was told.
+        counters: what it says; None: it has no such counters.
+        num_prompts: prompts sent to it.
+        num_preemptions: requests sent back; a prompt that ends twice counts twice.
+
+    Raises:
+        RuntimeError: they do not go together: a figure would be a lie.
+    """
+    if setup.method is None:
+        if counters is not None:
+            raise RuntimeError(f"{setup.name}: an engine without a method runs a compressing scheduler")
+        return
+    if counters is None:
+        raise RuntimeError(f"{setup.name}: the engine has no compressing scheduler")
+    wanted, other = counters.compressed, counters.left_alone
+    if not setup.compresses:
+        wanted, other = other, wanted
+    if other != 0 or not num_prompts <= wanted <= num_prompts + num_preemptions:
+        verb = "compress" if setup.compresses else "leave alone"
+        sent = f"{num_prompts} prompts to {verb}, {num_preemptions} preemptions"
+        raise RuntimeError(f"{setup.name}: {sent}; the engine counted {counters}")
+    if setup.propagates != (counters.tsp_rows_out < counters.tsp_rows_in):
+        raise RuntimeError(f"{setup.name}: rows that went on after the TSP layer: {counters}")

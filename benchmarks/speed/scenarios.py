@@ -1,0 +1,209 @@
+"""The questions, and the loads and configurations that answer them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from benchmarks.child import run_in_child
+from benchmarks.models import LlamaShape
+from benchmarks.questions import CHECKPOINT
+from benchmarks.speed.load import FASTKV, FP8, PLAIN, RETAINING, SNAPKV, UNLOADED, Load, Setup
+from benchmarks.speed.serving import measure_server
+
+SHAPE = LlamaShape(max_position_embeddings=65536)
+METHODS = (PLAIN, SNAPKV, FASTKV)
+QUICK_DTYPES = ("fp8", "int8_per_token_head")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One load for some configurations.
+
+    Fields:
+        label: names the load in tables.
+        load: the same for all.
+        setups: each in a process of its own per round.
+        rounds: how often, where the command line does not say.
+    """
+
+    label: str
+    load: Load
+    setups: Sequence[Setup]
+    rounds: int = 2
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A question and its cases.
+
+    Fields:
+        title: the question.
+        cases: by name, which begins with the scenario's; quick ones for True.
+        figures: what is reported.
+        columns: what the table shows: figures, and `FIGURE ratio` for how much better than plain.
+        measure: does a case's load once, from checkpoint, setup and load.
+        checkpoint: None for the random Llama of `SHAPE`.
+        rows_of: scenarios whose cases answer this question, too, and stand in its table.
+    """
+
+    title: str
+    cases: Callable[[bool], dict[str, Case]]
+    figures: Sequence[str]
+    columns: Sequence[str]
+    measure: Callable[[Path, Setup, Load], dict[str, Any]]
+    checkpoint: Path | None = None
+    rows_of: Sequence[str] = ()
+
+
+def measure_engine(model: Path, setup: Setup, load: Load) -> dict[str, Any]:
+    """Fields of `engine.Outcome`, or `refused`, from a fresh process."""
+    task = {"model": str(model), "setup": asdict(setup), "load": asdict(load)}
+    return run_in_child("benchmarks.speed.engine", task, setup.environment)
+
+
+def _ttft(quick: bool) -> dict[str, Case]:
+    if quick:
+        return {f"ttft-{n}": Case(f"{n} / 512", Load(1, n, 8, 512), METHODS) for n in (1024, 2048)}
+    # The longest takes minutes a process: one round less says enough.
+    lengths = {2048: 3, 4096: 3, 8192: 3, 16384: 2, 32768: 1}
+    return {f"ttft-{n}": Case(f"{n} / 2048", Load(1, n, 32), METHODS, rounds) for n, rounds in lengths.items()}
+
+
+def _prefill(quick: bool) -> dict[str, Case]:
+    prompt, steps = (1024, (512,)) if quick else (8192, (2048, 8192))
+    setups = (PLAIN, UNLOADED, SNAPKV, FASTKV, RETAINING, FP8)
+    return {f"prefill-{n}": Case(f"{prompt} / {n}", Load(1, prompt, 4, n), setups) for n in steps}
+
+
+def _pool(quick: bool) -> dict[str, Case]:
+    load = Load(4, 1024, 32, 512, num_blocks=80) if quick else Load(12, 2048, 384, num_blocks=250)
+    return {"pool": Case(_shape_of(load), load, (*METHODS, FP8))}
+
+
+def _decode(quick: bool) -> dict[str, Case]:
+    load = Load(4, 1024, 16, 512) if quick else Load(4, 8192, 48)
+    return {"decode": Case(_shape_of(load), load, (*METHODS, FP8))}
+
+
+def _tpot(quick: bool) -> dict[str, Case]:
+    loads = [Load(4, 512, 16, 512)] if quick else [Load(4, 2048, 48), Load(4, 4096, 48)]
+    return {f"tpot-{n.num_requests}x{n.prompt_tokens}": Case(_shape_of(n), n, (*METHODS, FP8)) for n in loads}
+
+
+def _load(quick: bool) -> dict[str, Case]:
+    counts = (4,) if quick else (2, 12)
+    requests, prompt, output, blocks = (4, 1024, 32, 80) if quick else (12, 2048, 128, 250)
+    return {
+        f"load-{n}": Case(
+            f"{n} at a time", Load(requests, prompt, output, num_blocks=blocks, concurrency=n), (*METHODS, FP8)
+        )
+        for n in counts
+    }
+
+
+def _kv_dtypes(quick: bool) -> dict[str, Case]:
+    from vllm.config.cache import CacheDType  # takes seconds
+
+    names = QUICK_DTYPES if quick else [name for name in get_args(CacheDType) if name != "auto"]
+    setups = [Setup(name, engine={"kv_cache_dtype": name}, entry_bytes=None) for name in names]
+    load = Load(2 if quick else 16, 512, 8, task="niah")
+    return {"kv-dtypes": Case(f"{load.num_requests} questions", load, (PLAIN, *setups), rounds=1)}
+
+
+def _shape_of(load: Load) -> str:
+    return f"{load.num_requests} x {load.prompt_tokens}"
+
+
+_PREFILL = ("first_token_cpu_s", "first_token_wall_s", "score_share", "compact_share", "peak_blocks")
+_PREFILL_COLUMNS = ("first_token_cpu_s", "first_token_cpu_s ratio", *_PREFILL[2:], "blocks_before", "blocks_after")
+_LATENCIES = tuple(f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl") for kind in ("mean", "median", "p99"))
+
+SCENARIOS = {
+    "ttft": Scenario(
+        "Time to first token by prompt tokens / tokens a step",
+        _ttft,
+        (*_PREFILL, "blocks_before", "blocks_after", "step_ms"),
+        _PREFILL_COLUMNS,
+        measure_engine,
+    ),
+    "prefill": Scenario(
+        "What being installed, on, and compressing costs by prompt tokens / tokens a step",
+        _prefill,
+        (*_PREFILL, "blocks_before", "blocks_after"),
+        _PREFILL_COLUMNS,
+        measure_engine,
+    ),
+    "pool": Scenario(
+        "Throughput in a pool of fixed bytes that holds few whole prompts",
+        _pool,
+        ("tokens_per_s", "decode_tokens_per_s", "peak_running", "num_preemptions", "pool_mib"),
+        (
+            *("tokens_per_s", "tokens_per_s ratio", "decode_tokens_per_s", "decode_tokens_per_s ratio"),
+            *("peak_running", "num_preemptions", "pool_mib"),
+        ),
+        measure_engine,
+    ),
+    "decode": Scenario(
+        "A decode step of four long requests",
+        _decode,
+        ("step_ms", "peak_running"),
+        ("step_ms", "step_ms ratio"),
+        measure_engine,
+    ),
+    "tpot": Scenario(
+        "A decode step by requests x prompt tokens (one request: prompt tokens / tokens a step)",
+        _tpot,
+        ("step_ms", "peak_running"),
+        ("step_ms", "step_ms ratio"),
+        measure_engine,
+        rows_of=("ttft", "decode"),
+    ),
+    "load": Scenario(
+        "A server under load, a pool of fixed bytes",
+        _load,
+        (*_LATENCIES, "request_throughput", "token_throughput", "server_cpu_s", "worker_cpu_s", "num_preemptions"),
+        (
+            *("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms"),
+            *("token_throughput", "token_throughput ratio", "server_cpu_s", "worker_cpu_s", "worker_cpu_s ratio"),
+        ),
+        measure_server,
+    ),
+    "kv-dtypes": Scenario(
+        "Types of vLLM's --kv-cache-dtype on this engine: does it start, does it save, are the answers right",
+        _kv_dtypes,
+        ("is_declared", "entry_bytes", "num_right"),
+        ("is_declared", "entry_bytes", "num_right"),
+        measure_engine,
+        CHECKPOINT,
+    ),
+}
+
+
+def scenario_of(case: str) -> str:
+    """Name of the scenario a case belongs to."""
+    return next(name for name in SCENARIOS if case == name or case.startswith(f"{name}-"))
+
+
+def chosen_cases(names: Sequence[str], *, quick: bool) -> dict[str, Case]:
+    """Cases by name, in the scenarios' order.
+
+    Args:
+        names: of scenarios and of cases; none: all.
+        quick: small loads.
+
+    Raises:
+        ValueError: a name is neither a scenario's nor a case's.
+    """
+    found: dict[str, Case] = {}
+    unknown = set(names)
+    for scenario, parts in SCENARIOS.items():
+        wanted = {name for name in names if name == scenario or name.startswith(f"{scenario}-")}
+        if names and not wanted:
+            continue
+        cases = parts.cases(quick)
+        found |= {case: cases[case] for case in cases if not names or scenario in wanted or case in wanted}
+        unknown -= {scenario, *cases}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no scenario and no case; scenarios are {', '.join(SCENARIOS)}")
+    return found
