@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 # GiB for the KV cache on CPU; vLLM's own default takes a large share of the host's memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test lint format bench bench-speed train-tiny docs clean
+.PHONY: help setup demo serve test lint format bench bench-quick bench-speed train-tiny docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,13 +43,18 @@ format: setup ## Rewrite files in the house style
 bench: setup ## Measure what the plugin costs and saves in prefill (about ten minutes)
 	$(PY) -m benchmarks.speed --scenario prefill
 
+bench-quick: setup ## Quality of all methods, the main lines (under ten minutes)
+	$(PY) -m benchmarks.quality --quick
+
 bench-speed: setup ## Answer all speed and memory questions (about an hour, on a quiet machine)
 	$(PY) -m benchmarks.speed --json benchmarks/results/speed.json
 
 train-tiny: setup ## Train the tiny model again (about ten minutes on one core)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.tiny_model.train
 
-docs: setup ## Build the documentation into site/
+docs: setup ## Make docs/results.md from the reports and build the documentation into site/
+	$(PY) -m benchmarks.plots
+	$(PY) -m benchmarks.report
 	.venv/bin/mkdocs build --strict
 
 clean: ## Remove caches and build results; .venv stays
