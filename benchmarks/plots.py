@@ -182,6 +182,9 @@ def main() -> None:
     args = parser.parse_args()
     with plt.rc_context(STYLE):
         for name, (source, draw) in PLOTS.items():
+            if not (args.results / source).exists():
+                print(f"{name}: {source} has not been measured")
+                continue
             path = args.out / f"{name}.{args.format}"
             save(draw(json.loads((args.results / source).read_text())), path)
             print(path)

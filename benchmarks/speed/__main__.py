@@ -12,6 +12,7 @@ engine whose counters say that it did something else than its configuration says
 |---|---|
 | ttft | time to first token and blocks held, by prompt tokens; eager, in process |
 | prefill | what the plugin costs when it is installed, on with nothing to drop, on; eager, in process |
+| prefix | time to first token of a prompt whose leading tokens are in vLLM's prefix cache; eager, in process |
 | pool | throughput of 12 requests in a pool of fixed bytes; eager, in process |
 | decode | a decode step of 4 x 8192 tokens; eager, in process |
 | tpot | a decode step by requests and prompt tokens: batches of 4; those of 1 are ttft's; eager, in process |
@@ -25,6 +26,7 @@ engine whose counters say that it did something else than its configuration says
 | snapkv | retention 0.1 |
 | fastkv | retention 0.1, TSP after layer 7 of 0..15, 0.2 of the rows go on |
 | retention 1.0 | snapkv with retention 1.0: compression on, nothing to drop |
+| plain / snapkv, prefix caching | with --enable-prefix-caching |
 | fp8 | vLLM's own --kv-cache-dtype fp8, twice the blocks where the pool is fixed |
 
 A case (`ttft-8192`) may be named instead of its scenario. With --json the file is written after each case, and cases
@@ -39,7 +41,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_command, describe_environment
 from benchmarks.models import make_random_llama
 from benchmarks.speed.exactness import ExactnessFailed, check_exactness
 from benchmarks.speed.load import BLOCK_SIZE
@@ -90,7 +92,7 @@ def main() -> None:
     earlier = read_report(args.json) if args.json else None
     report: dict[str, Any] = {
         "benchmark": "speed",
-        "command": ["python", "-m", "benchmarks.speed", *sys.argv[1:]],
+        "command": describe_command(),
         "quick": args.quick,
         "environment": describe_environment(),
         "model": asdict(SHAPE),

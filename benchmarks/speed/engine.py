@@ -70,16 +70,18 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     setup, load = Setup(**task["setup"]), Load(**task["load"])
     rng = random.Random(0)
+    shared = _random_prompt(rng, load.shared_tokens)
+    own_tokens = load.prompt_tokens - load.shared_tokens
     try:
         llm = _start(task["model"], setup, load)
-        warm_up = follow(llm, [_random_prompt(rng, min(load.prompt_tokens, WARM_UP_TOKENS))], WARM_UP_OUTPUT)
+        warm_up = follow(llm, [shared + _random_prompt(rng, min(own_tokens, WARM_UP_TOKENS))], WARM_UP_OUTPUT)
     except Exception as error:  # what an engine cannot serve may fail anywhere on the way
         if setup.is_rival:
             return {"refused": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         raise
     examples = _questions(load)
     prompts = [e.prompt_ids for e in examples] or [
-        _random_prompt(rng, load.prompt_tokens) for _ in range(load.num_requests)
+        shared + _random_prompt(rng, own_tokens) for _ in range(load.num_requests)
     ]
     before = _worker_s(llm, setup)
     followed = follow(llm, prompts, load.output_tokens)
@@ -92,14 +94,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(model: str, setup: Setup, load: Load) -> LLM:
-    flags = dict(setup.engine)
+    flags = {"enable_prefix_caching": False} | setup.engine
     if setup.method is not None:
         flags |= {"kv_compression": setup.method, "kv_compression_config": setup.config}
     return LLM(
         model,
         skip_tokenizer_init=True,
         enforce_eager=True,
-        enable_prefix_caching=False,
         block_size=BLOCK_SIZE,
         max_model_len=load.prompt_tokens + load.output_tokens,
         max_num_batched_tokens=load.step_tokens,

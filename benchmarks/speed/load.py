@@ -49,6 +49,8 @@ UNLOADED = Setup("unloaded", environment={"VLLM_PLUGINS": ""})
 SNAPKV = Setup("snapkv", "snapkv", {"retention_ratio": 0.1})
 FASTKV = Setup("fastkv", "fastkv", {"retention_ratio": 0.1, "tsp_layer": 7, "tsp_ratio": 0.2})
 RETAINING = Setup("retention 1.0", "snapkv", {"retention_ratio": 1.0})
+CACHED = Setup("plain, prefix caching", engine={"enable_prefix_caching": True})
+CACHED_SNAPKV = Setup("snapkv, prefix caching", "snapkv", {"retention_ratio": 0.1}, {"enable_prefix_caching": True})
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 
 
@@ -64,6 +66,7 @@ class Load:
             one gets twice as many: all have the same bytes. None: as many as fit into 1 GiB.
         concurrency: most requests under way at a time; only a server's load has it.
         task: a task of the tiny model's language, asked instead of random tokens.
+        shared_tokens: leading tokens that all prompts share with the one that warms up.
     """
 
     num_requests: int
@@ -73,6 +76,7 @@ class Load:
     num_blocks: int | None = None
     concurrency: int | None = None
     task: str | None = None
+    shared_tokens: int = 0
 
     def blocks_of(self, setup: Setup) -> int | None:
         """Blocks of the pool for a setup."""

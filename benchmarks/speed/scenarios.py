@@ -8,7 +8,7 @@ from typing import Any, get_args
 from benchmarks.child import run_in_child
 from benchmarks.models import LlamaShape
 from benchmarks.questions import CHECKPOINT
-from benchmarks.speed.load import FASTKV, FP8, PLAIN, RETAINING, SNAPKV, UNLOADED, Load, Setup
+from benchmarks.speed.load import CACHED, CACHED_SNAPKV, FASTKV, FP8, PLAIN, RETAINING, SNAPKV, UNLOADED, Load, Setup
 from benchmarks.speed.serving import measure_server
 
 SHAPE = LlamaShape(max_position_embeddings=65536)
@@ -76,6 +76,12 @@ def _prefill(quick: bool) -> dict[str, Case]:
     return {f"prefill-{n}": Case(f"{prompt} / {n}", Load(1, prompt, 4, n), setups) for n in steps}
 
 
+def _prefix(quick: bool) -> dict[str, Case]:
+    load = Load(1, 1024, 4, 512, shared_tokens=896) if quick else Load(1, 4096, 8, shared_tokens=3584)
+    label = f"{load.shared_tokens} of {load.prompt_tokens}"
+    return {"prefix": Case(label, load, (PLAIN, CACHED, CACHED_SNAPKV, FASTKV))}
+
+
 def _pool(quick: bool) -> dict[str, Case]:
     load = Load(4, 1024, 32, 512, num_blocks=80) if quick else Load(12, 2048, 384, num_blocks=250)
     return {"pool": Case(_shape_of(load), load, (*METHODS, FP8))}
@@ -132,6 +138,13 @@ SCENARIOS = {
         _prefill,
         (*_PREFILL, "blocks_before", "blocks_after"),
         _PREFILL_COLUMNS,
+        measure_engine,
+    ),
+    "prefix": Scenario(
+        "Time to first token where leading tokens of the prompt were sent before",
+        _prefix,
+        ("first_token_cpu_s", "first_token_wall_s", "blocks_before", "blocks_after"),
+        ("first_token_cpu_s", "first_token_cpu_s ratio", "blocks_before", "blocks_after"),
         measure_engine,
     ),
     "pool": Scenario(
