@@ -64,7 +64,8 @@ def _pareto_panel(axes: Axes, cells: Sequence[dict[str, Any]], methods: Sequence
     for method, colour, marker in zip(methods, COLOURS, MARKERS, strict=False):
         points = sorted(_select(cells, method=method), key=lambda row: row["config"]["retention_ratio"])
         x, y = [row["config"]["retention_ratio"] for row in points], [row["mean"] for row in points]
-        spread = [[r["mean"] - r["low"] for r in points], [r["high"] - r["mean"] for r in points]]
+        # An interval may miss its mean by a rounding.
+        spread = [[max(0, r["mean"] - r["low"]) for r in points], [max(0, r["high"] - r["mean"]) for r in points]]
         axes.errorbar(x, y, yerr=spread, color=colour, marker=marker, ms=4, lw=1.2, elinewidth=0.6, label=method)
     axes.set(xscale="log", ylim=(-0.04, 1.06))
     axes.xaxis.set_major_locator(FixedLocator(ratios))

@@ -160,10 +160,7 @@ def require_compressed(server: Server, contender: Contender, num_compressed: Seq
         RuntimeError: the server's counters differ from what its settings mean for these prompts.
     """
     samples = server.metrics()
-    expected = 0
-    if not contender.is_plain:
-        config = CompressionConfig.from_mapping(contender.method, contender.config)
-        expected = sum(isinstance(config.plan(n, BLOCK_SIZE), PromptPlan) for n in num_compressed)
+    expected = count_compressed(contender, num_compressed)
     compressed = sample_value(samples, "vllm:fastkv_requests_compressed_total")
     is_idle = expected == 0 and not contender.is_plain and contender.config["retention_ratio"] < 1
     if compressed != expected or is_idle:
@@ -172,6 +169,14 @@ def require_compressed(server: Server, contender: Contender, num_compressed: Seq
             f"{contender.name}: {len(num_compressed)} prompts sent, {expected} of them to compress; the server "
             f"compressed {compressed:.0f} and left {left_alone:.0f} alone"
         )
+
+
+def count_compressed(contender: Contender, num_compressed: Sequence[int]) -> int:
+    """How many prompts the contender's settings compress; the others are left alone, as short ones are."""
+    if contender.is_plain:
+        return 0
+    config = CompressionConfig.from_mapping(contender.method, contender.config)
+    return sum(isinstance(config.plan(n, BLOCK_SIZE), PromptPlan) for n in num_compressed)
 
 
 def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,6 +192,7 @@ def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[di
         row = {"method": contender.method, "config": contender.config, **asdict(cell)}
         row |= asdict(summarise([s.score for s in members]))
         row["ratio_to_plain"] = row["mean"] / plain_means[cell] if plain_means.get(cell) else None
+        row["compressed"] = count_compressed(contender, [s.prompt.num_compressed for s in members])
         row["truncated"] = sum(s.prompt.is_truncated for s in members)
         if all("depth" in s.prompt.question.meta for s in members):
             row["by_depth"] = _by_depth(members)
@@ -213,7 +219,9 @@ def tables(report: dict[str, Any]) -> list[tuple[str, str]]:
         lines: dict[str, dict[Cell, str]] = {}
         for row in rows:
             text = f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-            if row["method"] != PLAIN and row["ratio_to_plain"] is not None:
+            if row["method"] != PLAIN and row["compressed"] == 0:
+                text = "left alone"
+            elif row["method"] != PLAIN and row["ratio_to_plain"] is not None:
                 text += f" x{row['ratio_to_plain']:.2f}"
             lines.setdefault(Contender(row["method"], row["config"]).name, {})[_cell_of(row)] = text
         body = [[name, *(line.get(cell, "") for cell in cells)] for name, line in lines.items()]

@@ -182,6 +182,20 @@ def test_rows_and_tables():
     assert "snapkv 0.1" in table
 
 
+def test_a_cell_that_was_left_alone_shows_no_score():
+    """Contexts below min_tokens: right answers would say nothing of the method."""
+    cell = Cell("mk", "512", "context", "1")
+    rows = [
+        row
+        for contender in (PLAIN, SNAPKV)
+        for row in make_rows(contender, [Scored(cell, prompt(num_compressed=500), Answer("", True), 1.0)], [])
+    ]
+    assert [row["compressed"] for row in rows] == [0, 0]
+    ((_, table),) = tables({"rows": rows})
+    assert table.splitlines()[-1].split("|")[2].strip() == "left alone"
+    assert "1.00" in table.splitlines()[-2]
+
+
 def test_depth_is_where_the_needle_lies():
     for seed in range(5):
         asked = question("niah", seed)

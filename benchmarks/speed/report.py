@@ -107,4 +107,4 @@ def _notes(columns: tuple[str, ...], cases: list[Report]) -> list[str]:
             spreads.append(plain["range"][1] / plain["range"][0] - 1)
     if not spreads:
         return []
-    return [f"Runs of plain vLLM under one load differ by up to {max(spreads):.0%}: smaller differences say nothing."]
+    return [f"Runs of plain vLLM under one load differ by up to {max(spreads):.1%}: smaller differences say nothing."]
