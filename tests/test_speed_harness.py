@@ -71,7 +71,7 @@ def test_tables_come_from_the_json_alone():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     assert cells[2] == ["4 x 8192", "plain", "31.00 (30.00..36.00)", "1.000"]
     assert cells[3] == ["", "fastkv", "15.00 (12.00..31.00)", "2.000 (1.000..3.000)"]
-    assert "differ by up to 20%" in table
+    assert "differ by up to 20.0%" in table
 
 
 def test_decode_stands_in_the_table_of_tpot():

@@ -1,5 +1,6 @@
 """The quality harness against real servers: what is broken shows."""
 
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -11,6 +12,7 @@ from benchmarks.quality import Contender, ask, measure, require_compressed, scor
 from benchmarks.questions import CHECKPOINT
 from benchmarks.suites.tiny import TinySuite
 from fastkv_vllm.methods import registry
+from tests.server.conftest import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def prompts():
 def test_a_server_that_does_not_compress_is_noticed(plain_server, prompts):
     """Its answers are right: only the counters tell."""
     contender = Contender("snapkv", {"retention_ratio": 0.1})
-    answers = ask(plain_server, prompts[:2], contender)
+    answers = ask(replace(plain_server, model=MODEL), prompts[:2], contender)
     assert [score(p, a) for p, a in zip(prompts, answers, strict=False)] == [1, 1]
     with pytest.raises(RuntimeError, match="2 prompts sent, 2 of them to compress; the server compressed 0"):
         require_compressed(plain_server, contender, [p.num_compressed for p in prompts[:2]])
