@@ -46,7 +46,7 @@ bench: setup ## Measure what the plugin costs and saves in prefill (about ten mi
 bench-quick: setup ## Quality of all methods, the main lines (under ten minutes)
 	$(PY) -m benchmarks.quality --quick
 
-bench-speed: setup ## Answer all speed and memory questions (about an hour, on a quiet machine)
+bench-speed: setup ## Answer all speed and memory questions (about 90 minutes, on a quiet machine)
 	$(PY) -m benchmarks.speed --json benchmarks/results/speed.json
 
 train-tiny: setup ## Train the tiny model again (about ten minutes on one core)
