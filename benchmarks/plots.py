@@ -51,8 +51,8 @@ def pareto(report: dict[str, Any]) -> Figure:
         cells = _select(rows, protocol=protocol, task=task, turns=turns)
         _pareto_panel(axes, cells, methods)
         axes.set_title(f"{task}{', turns 2+' if turns != '1' else ''}\n({protocol})", fontsize=8)
-    figure.supxlabel("retention ratio (share of the prompt's entries kept)")
-    figure.supylabel("score (share of answers exactly right)")
+    figure.supxlabel("retention ratio (share of the prompt's entries kept)", fontsize=9)
+    figure.supylabel("score (share of answers\nexactly right)", fontsize=9)
     _legend(figure, grid.flat[0])
     return figure
 

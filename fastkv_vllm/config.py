@@ -7,7 +7,15 @@ from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
 from fastkv_vllm.kernels.window_scores import POOLINGS
-from fastkv_vllm.methods import Method, method_class
+from fastkv_vllm.methods import (
+    HEAD_BUDGETS,
+    LAYER_BUDGETS,
+    UNIFORM,
+    Allocator,
+    BudgetOptions,
+    Method,
+    method_class,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,10 @@ class CompressionConfig:
         num_sink: first tokens that always stay; None: the method's own default.
         kernel_size: width of the pooling over positions, odd.
         pooling: "max" (FastKV v3) or "avg" (v1, v2).
+        layer_budgets: how layers share the budget, "uniform" or "pyramid"; None: the method's own.
+        head_budgets: how the KV heads of a layer share its budget, "uniform" or "adaptive"; None: the method's own.
+        pyramid_beta: steepness of the pyramid: the last layer has a beta-th of the even budget.
+        head_floor: share of the even budget each head has of its own under "adaptive", [0, 1].
         min_tokens: prompts below this are left alone.
         max_tsp_tokens: most prompt tokens whose residual rows wait for their last chunk, over all requests; prompts
             wait for their turn beyond it; None: the model's maximum length.
@@ -42,6 +54,10 @@ class CompressionConfig:
     num_sink: int | None = None
     kernel_size: int = 7
     pooling: str = "max"
+    layer_budgets: str | None = None
+    head_budgets: str | None = None
+    pyramid_beta: int = 20
+    head_floor: float = 0.2
     min_tokens: int = 512
     max_tsp_tokens: int | None = None
 
@@ -63,6 +79,11 @@ class CompressionConfig:
             for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
                 _check(getattr(self, name) is None, name, f"left out: {self.method} does not propagate rows", self)
         _default(self, "num_sink", cls.default_num_sink)
+        for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS)):
+            _default(self, name, getattr(cls, name))
+            names = [UNIFORM, *known]
+            _check(getattr(self, name) in names, name, f"one of {', '.join(names)}", self)
+        _check(_is_number(self.head_floor) and 0 <= self.head_floor <= 1, "head_floor", "in [0, 1]", self)
         if self.budget is None:
             _default(self, "retention_ratio", 0.1)
         if cls.propagates and self.tsp_tokens is None:
@@ -130,6 +151,11 @@ class CompressionConfig:
             window_size=self.window_size, kernel_size=self.kernel_size, pooling=self.pooling
         )
 
+    def make_allocator(self) -> Allocator:
+        """How layers and KV heads share the budget."""
+        assert self.layer_budgets is not None and self.head_budgets is not None, "filled in by __post_init__"
+        return Allocator(self.layer_budgets, self.head_budgets, BudgetOptions(self.pyramid_beta, self.head_floor))
+
     def plan(self, num_tokens: int, block_size: int) -> PromptPlan | LeftAlone:
         """What stays of a prompt of `num_tokens` tokens."""
         assert self.num_sink is not None, "filled in by __post_init__"
@@ -146,6 +172,7 @@ class CompressionConfig:
             window_size=self.window_size,
             num_sink=self.num_sink,
             min_tokens=self.min_tokens,
+            is_ragged=self.make_allocator().is_ragged,
         )
 
 
@@ -156,6 +183,7 @@ _LOWEST = {
     "window_size": 1,
     "num_sink": 0,
     "kernel_size": 1,
+    "pyramid_beta": 1,
     "min_tokens": 1,
     "max_tsp_tokens": 1,
 }

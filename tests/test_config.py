@@ -32,6 +32,10 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "num_sink": 0,
         "kernel_size": 7,
         "pooling": "max",
+        "layer_budgets": "uniform",
+        "head_budgets": "uniform",
+        "pyramid_beta": 20,
+        "head_floor": 0.2,
         "min_tokens": 512,
         "max_tsp_tokens": None,
     }
@@ -96,6 +100,10 @@ BAD = [
     *[(name, None, "an integer >= 1") for name in ("window_size", "kernel_size", "min_tokens")],
     *[("kernel_size", value, "odd") for value in (2, 8)],
     *[("pooling", value, "one of max, avg") for value in ("sum", "MAX", "", None, 1, ["max"])],
+    *[("layer_budgets", value, "one of uniform, pyramid") for value in ("square", "", 1)],
+    *[("head_budgets", value, "one of uniform, adaptive") for value in ("pyramid", 1.0)],
+    *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
+    *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
 ]
 

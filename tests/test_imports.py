@@ -14,7 +14,8 @@ ALLOWED = {
     "__init__": set(),
     "cache": set(),
     "kernels": set(),
-    "methods": {"kernels"},
+    "methods": {"cache", "kernels"},
+    "calibrate": {"kernels", "methods"},
     "config": {"cache", "kernels", "methods"},
     "adapter": {"cache", "config", "kernels", "methods"},
 }

@@ -111,7 +111,7 @@ CONTRACT = {
 
 # Our class -> the methods it overrides upstream. A method upstream renames would else silently never be called.
 OVERRIDES = {
-    "attention:CompressionMetadataBuilder": {"build"},
+    "attention:CompressionMetadataBuilder": {"__init__", "build"},
     "attention:CompressionAttentionImpl": {"forward"},
     "attention:CompressionBackend": {"get_impl_cls", "get_builder_cls", "customize_spec"},
     "attention:CompressionMetadata": {"__init__"},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.reference import FAMILIES, Drop, ReferenceModel, make_checkpoint
+from tests.reference import FAMILIES, Drop, Generation, ReferenceModel, make_checkpoint
 from tests.reference.selection import select_positions, window_scores
 
 NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
@@ -46,6 +46,11 @@ def prompt() -> list[int]:
 
 def load_transformers(directory: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
+
+
+def kept_of(generation: Generation) -> list[Tensor]:
+    """Kept positions of each layer, [H, K], where all heads keep as many."""
+    return [torch.stack(layer) for layer in generation.kept]
 
 
 # The whole model, nothing dropped
@@ -107,7 +112,7 @@ def test_keeping_all_is_no_drop(family: str, checkpoint: Callable[[str], Path], 
     keep_all = Drop("fastkv", NUM_TOKENS, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TOKENS)
     kept = model.generate(prompt, max_tokens=20, drop=keep_all)
     assert (kept.tokens, kept.logprobs) == (full.tokens, full.logprobs)
-    assert all(torch.equal(layer, torch.arange(NUM_TOKENS).expand(2, -1)) for layer in kept.kept)
+    assert all(torch.equal(head, torch.arange(NUM_TOKENS)) for layer in kept.kept for head in layer)
 
 
 def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> None:
@@ -116,7 +121,7 @@ def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> 
         prompt, 20, Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TOKENS)
     )
     assert with_tsp.tokens == without.tokens
-    assert all(torch.equal(a, b) for a, b in zip(with_tsp.kept, without.kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept_of(with_tsp), kept_of(without), strict=True))
 
 
 # Which entries stay
@@ -126,7 +131,7 @@ def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> 
 def test_kept_sets_are_sorted_counted_and_hold_the_forced(drop: Drop, llama: ReferenceModel, prompt: list[int]) -> None:
     generation = llama.generate(prompt, 1, drop)
     forced = {*range(drop.num_sink), *range(FORCED_FROM, NUM_TOKENS)}
-    for layer in generation.kept:
+    for layer in kept_of(generation):
         assert layer.shape == (2, NUM_KEPT) and layer.dtype == torch.int64
         assert (layer.diff(dim=1) > 0).all()
         assert all(forced <= set(head.tolist()) for head in layer)
@@ -137,19 +142,21 @@ def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(llama: Referen
     propagated = set(generation.tsp_indices.tolist())
     assert generation.tsp_indices.shape == (NUM_TSP,) and (generation.tsp_indices.diff() > 0).all()
     assert {0, 1, *range(FORCED_FROM, NUM_TOKENS)} <= propagated
-    assert all(set(layer.flatten().tolist()) <= propagated for layer in generation.kept[TSP_LAYER + 1 :])
-    assert any(set(layer.flatten().tolist()) - propagated for layer in generation.kept[: TSP_LAYER + 1])
+    assert all(set(layer.flatten().tolist()) <= propagated for layer in kept_of(generation)[TSP_LAYER + 1 :])
+    assert any(set(layer.flatten().tolist()) - propagated for layer in kept_of(generation)[: TSP_LAYER + 1])
 
 
 def test_a_late_layer_that_saw_fewer_keeps_them_all(llama: ReferenceModel, prompt: list[int]) -> None:
     generation = llama.generate(prompt, 1, Drop("fastkv", 60, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_KEPT))
-    assert [layer.shape[1] for layer in generation.kept] == [60] * 4 + [NUM_KEPT] * 4
-    assert torch.equal(generation.kept[-1], generation.tsp_indices.expand(2, -1))
+    assert [layer.shape[1] for layer in kept_of(generation)] == [60] * 4 + [NUM_KEPT] * 4
+    assert torch.equal(kept_of(generation)[-1], generation.tsp_indices.expand(2, -1))
 
 
 def test_streamingllm_keeps_sinks_and_the_most_recent(llama: ReferenceModel, prompt: list[int]) -> None:
     expected = [*range(4), *range(NUM_TOKENS - NUM_KEPT + 4, NUM_TOKENS)]
-    assert all(head.tolist() == expected for layer in llama.generate(prompt, 1, STREAMINGLLM).kept for head in layer)
+    assert all(
+        head.tolist() == expected for layer in kept_of(llama.generate(prompt, 1, STREAMINGLLM)) for head in layer
+    )
 
 
 def test_window_scores_by_hand() -> None:
@@ -217,7 +224,7 @@ def test_kept_entries_outscore_the_dropped_by_transformers_attention(
     attentions = model(torch.tensor([prompt]), output_attentions=True).attentions[: TSP_LAYER + 1]
     generation = llama.generate(prompt, 1, drop)
     pool = F.max_pool1d if drop.pooling == "max" else F.avg_pool1d
-    for layer, kept in zip(attentions, generation.kept, strict=False):
+    for layer, kept in zip(attentions, kept_of(generation), strict=False):
         votes = layer[0, :, -drop.window_size :, : -drop.window_size].sum(dim=1)
         scores = pool(votes, drop.kernel_size, stride=1, padding=drop.kernel_size // 2).unflatten(0, (2, 2)).sum(dim=1)
         for head in range(2):
@@ -243,7 +250,7 @@ def test_prefill_and_decode_equal_transformers_on_the_same_entries(
 ) -> None:
     generation = llama.generate(prompt, 60, drop)
     model = load_transformers(checkpoint("llama"))
-    logits, cache = prefill_and_drop(model, prompt, generation.kept, drop.tsp_layer, generation.tsp_indices)
+    logits, cache = prefill_and_drop(model, prompt, kept_of(generation), drop.tsp_layer, generation.tsp_indices)
     for step, (token, logprob) in enumerate(zip(generation.tokens, generation.logprobs, strict=True)):
         assert int(logits.argmax()) == token, f"step {step}, margin {generation.margins[step]}"
         assert abs(float(logits.log_softmax(dim=-1)[token]) - logprob) < 1e-4

@@ -1,9 +1,12 @@
-"""The CPU attention backend, reading past null blocks and compacting prompts that end."""
+"""The CPU attention backend: reads where compression has put the entries, compacts prompts that end."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -14,17 +17,25 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
-from fastkv_vllm.adapter.batch import Batch, PrefillRows
+from fastkv_vllm.adapter.batch import Batch, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
 
 
 @dataclass
 class CompressionMetadata(CPUAttentionMetadata):
-    """The engine's metadata and the prompts to compress."""
+    """The engine's metadata, the prompts to compress, and the rows that are read head by head.
+
+    Where `reads` is set the metadata's own tables are not used: `plain` has those of the other requests, whose rows
+    are `plain_rows`; both are None where there are none.
+    """
 
     prefills: tuple[PrefillRows, ...] = ()
     compressor: Compressor | None = None
+    reads: HeadReads | None = None
+    plain: CPUAttentionMetadata | None = None
+    plain_rows: torch.Tensor | None = None
 
 
 class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -37,18 +48,88 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
     compressor: Compressor | None = None
     view: CommonAttentionMetadata | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tables = TableCache()
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         if self.batch is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         self.view = self.batch.read_view(common_attn_metadata)
-        return self.build_for(self.view, self.batch.prefills)
+        return self.build_for(self.view, self.batch.prefills, self.batch.held)
 
-    def build_for(self, view: CommonAttentionMetadata, prefills: tuple[PrefillRows, ...]) -> CompressionMetadata:
-        """Metadata of rows whose reads are already in `view`."""
-        metadata = super().build(0, view)
-        return CompressionMetadata(**vars(metadata), prefills=prefills, compressor=self.compressor)
+    def build_for(
+        self, view: CommonAttentionMetadata, prefills: tuple[PrefillRows, ...], held: Mapping[int, HeadPages]
+    ) -> CompressionMetadata:
+        """Metadata of rows whose reads are already in `view`, but for the requests in `held`.
+
+        Args:
+            view: of the requests; only those not in `held` are read through its tables.
+            prefills: requests with an unfinished prompt.
+            held: number of a request in `view` -> its pages.
+        """
+        if not held:
+            return CompressionMetadata(**vars(super().build(0, view)), prefills=prefills, compressor=self.compressor)
+        starts = view.query_start_loc.tolist()
+        others = [i for i in range(view.num_reqs) if i not in held]
+        plain, plain_rows = None, None
+        if others:
+            plain = super().build(0, take_requests(view, others, [starts[i + 1] - starts[i] for i in others]))
+            plain_rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in others])
+        return CompressionMetadata(
+            num_actual_tokens=view.num_actual_tokens,
+            max_query_len=view.max_query_len,
+            query_start_loc=view.query_start_loc,
+            max_seq_len=view.max_seq_len,
+            seq_lens=view.seq_lens,
+            block_table=view.block_table_tensor,
+            slot_mapping=view.slot_mapping,
+            scheduler_metadata=None,
+            prefills=prefills,
+            compressor=self.compressor,
+            reads=self._head_reads(view, held),
+            plain=plain,
+            plain_rows=plain_rows,
+        )
+
+    def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, HeadPages]) -> HeadReads:
+        assert self.compressor is not None and self.compressor.pool is not None, "set up with the cache"
+        pool = self.compressor.pool
+        rows = rows_of(held, view, self.block_size)
+        reads = HeadReads(rows, pool, self._tables.tables(rows, pool))
+        schedules: dict[tuple[int, ...], torch.Tensor] = {}
+        for table, lengths in zip(reads.tables, reads.seq_lens, strict=True):
+            key = tuple(lengths.tolist())  # layers of equal lengths share a schedule
+            if key not in schedules:
+                schedules[key] = ops.cpu_attn_get_scheduler_metadata(
+                    num_reqs=len(key),
+                    num_heads=self.num_heads // self.num_kv_heads,
+                    num_kv_heads=1,
+                    head_dim=self.head_dim,
+                    seq_lens=lengths,
+                    dtype=self.dtype,
+                    query_start_loc=reads.query_start,
+                    causal=True,
+                    sliding_window_size=self.window_size,
+                    isa=self.isa,
+                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                    kv_cache_dtype=self.kv_cache_dtype,
+                )
+            reads.metadata.append(
+                CPUAttentionMetadata(
+                    num_actual_tokens=int(reads.query_start[-1]),
+                    max_query_len=max(row.count for row in rows),
+                    query_start_loc=reads.query_start,
+                    max_seq_len=max(key),
+                    seq_lens=lengths,
+                    block_table=table,
+                    slot_mapping=view.slot_mapping,
+                    scheduler_metadata=schedules[key],
+                )
+            )
+        return reads
 
 
 class CompressionAttentionImpl(CPUAttentionBackendImpl):
@@ -66,9 +147,10 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        output = super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
+        if isinstance(attn_metadata, CompressionMetadata) and attn_metadata.reads is not None:
+            self._forward_heads(layer, query, key, value, kv_cache, attn_metadata, output)
+        else:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if isinstance(attn_metadata, CompressionMetadata) and attn_metadata.prefills:
             assert attn_metadata.compressor is not None, "set with the prefills"
             attn_metadata.compressor.after_attention(
@@ -79,9 +161,34 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
                 key=key,
                 value=value,
                 kv_cache=kv_cache,
-                isa=layer.isa,
             )
         return output
+
+    def _forward_heads(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: CompressionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Two calls: requests with pages per head as one sequence per KV head, all others the ordinary way."""
+        reads = metadata.reads
+        assert reads is not None, "the caller looked"
+        if metadata.plain is not None:
+            rows = metadata.plain_rows
+            part = torch.empty_like(output[rows])
+            super().forward(layer, query[rows], key, value, kv_cache, metadata.plain, part)
+            output[rows] = part
+        shape = (self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        rows, heads = reads.queries
+        ours = query.view(query.shape[0], *shape)[rows, heads]
+        part = torch.empty_like(ours)
+        schedule = reads.metadata[extract_layer_index(layer.layer_name)]
+        super().forward(layer, ours, key, value, reads.pool.cache, schedule, part)
+        output.view(output.shape[0], *shape)[rows, heads] = part
 
 
 class CompressionBackend(CPUAttentionBackend):

@@ -1,11 +1,13 @@
 """One engine step as the compressing attention sees it."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.cache import PromptPlan
 
 
@@ -44,12 +46,14 @@ class Batch:
 
     Fields:
         prefills: requests with an unfinished prompt.
-        null_blocks: row of the block table -> leading null blocks of a compressed request.
+        null_blocks: row of the block table -> leading null blocks of a request compressed evenly.
+        held: row of the block table -> pages of a request compressed unevenly; it is not read through that table.
         block_size: tokens per block.
     """
 
     prefills: tuple[PrefillRows, ...]
     null_blocks: dict[int, int]
+    held: dict[int, HeadPages]
     block_size: int
 
     def read_view(self, common: Any) -> Any:
@@ -71,3 +75,25 @@ class Batch:
             table[:-count] = table[count:].clone()
             common.seq_lens[row] -= count * self.block_size
         return common
+
+
+def take_requests(common: Any, requests: Sequence[int], counts: Sequence[int]) -> Any:
+    """Metadata of some of a batch's requests, in the order given, with so many rows each.
+
+    Slots and positions stay those of the whole batch.
+
+    Args:
+        common: vLLM's CommonAttentionMetadata; not changed.
+        requests: their numbers in the batch.
+        counts: rows of each.
+    """
+    part = copy.copy(common)
+    rows = torch.tensor(counts, dtype=torch.int32)
+    index = torch.tensor(requests)
+    part.query_start_loc = torch.nn.functional.pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
+    part.query_start_loc_cpu = part.query_start_loc
+    part.seq_lens = common.seq_lens[index]
+    part.block_table_tensor = common.block_table_tensor[index]
+    part.num_reqs, part.num_actual_tokens = len(requests), int(rows.sum())
+    part.max_query_len, part.max_seq_len = int(rows.max()), int(part.seq_lens.max())
+    return part

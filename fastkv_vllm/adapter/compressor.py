@@ -1,7 +1,7 @@
 """What a worker does with a prompt in one layer: keep its window, rate its entries, move the ones that stay."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,9 +9,12 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 
 from fastkv_vllm.adapter.batch import PrefillRows
 from fastkv_vllm.adapter.pages import PageLayout
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.kernels.select import select
+from fastkv_vllm.kernels.select import select, select_ragged
+
+_Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
 
 class Compressor:
@@ -21,7 +24,13 @@ class Compressor:
     between steps belongs to unfinished prompts only and is keyed by position, so that a prompt computed again after
     preemption overwrites it; `forget` drops it.
 
+    Pages of uneven budgets cross layers and heads, so they are shared and moved when the whole step has run.
+
     Fields:
+        layout: how a page is laid out inside; set with the cache.
+        pool: all layers' pages; set with the cache where budgets are uneven.
+        held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
+        scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
         windows: (request, layer) -> window queries by position, [W, Hq, D].
         stash: request -> residual rows after the TSP layer by position, [P, hidden].
         selected: request -> rows chosen at the TSP layer in this step, ascending positions.
@@ -36,10 +45,34 @@ class Compressor:
         self.stash: dict[str, torch.Tensor] = {}
         self.selected: dict[str, torch.Tensor] = {}
         self.stats = WorkerStats()
-        self._layouts: dict[tuple[int, int, torch.dtype, str], PageLayout] = {}
+        self.allocator = config.make_allocator()
+        self.layout: PageLayout | None = None
+        self.pool: PagePool | None = None
+        self.held: dict[str, HeadPages] = {}
+        self.scored: dict[str, list[torch.Tensor]] = {}
+        self._moves: list[_Move] = []
 
-    def forget(self, partial: frozenset[str]) -> None:
-        """Drop what is held for requests other than those whose prompt goes on."""
+    def use_cache(self, kv_caches: Sequence[torch.Tensor], isa: str) -> None:
+        """Get to know the engine's cache.
+
+        Args:
+            kv_caches: of each layer in order, [num_blocks, H, block_size, 2 * D].
+            isa: vLLM's name of the page layout.
+        """
+        _, _, block_size, width = kv_caches[0].shape
+        self.layout = PageLayout.probe(block_size=block_size, head_dim=width // 2, dtype=kv_caches[0].dtype, isa=isa)
+        if self.allocator.is_ragged:
+            self.pool = PagePool.of(kv_caches, self.layout)
+
+    def end_step(self) -> None:
+        """Drop what is held within a step only."""
+        self.selected.clear()
+        self.scored.clear()
+        self._moves.clear()
+
+    def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
+        """Drop what is held for requests other than those whose prompt goes on and those with compressed pages."""
+        self.held = {rid: pages for rid, pages in self.held.items() if rid in compressed}
         self.windows = {key: q for key, q in self.windows.items() if key[0] in partial}
         self.stash = {rid: rows for rid, rows in self.stash.items() if rid in partial}
 
@@ -59,9 +92,8 @@ class Compressor:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        isa: str,
     ) -> None:
-        """Compact the prompts that end in this step.
+        """Compact the prompts that end in this step, or where budgets are uneven keep the scores for `finish`.
 
         All sources are read before the first destination is written: a destination may be a block that an earlier
         request of the same step has just given back.
@@ -72,10 +104,9 @@ class Compressor:
             scale: softmax scale.
             query: [T, Hq, D]; key, value: [T, H, D]: the rows of this step, roped.
             kv_cache: the layer's cache, [num_blocks, H, block_size, 2 * D], with this step's rows written.
-            isa: vLLM's name of the page layout.
         """
-        moves = []
-        layout = self._layout(kv_cache, isa)
+        layout = self.layout
+        assert layout is not None, "use_cache came first"
         for prefill in prefills:
             if prefill.destination is None:
                 self._keep_window(prefill, layer, query)
@@ -85,13 +116,62 @@ class Compressor:
                 if prefill.start and "keys" in self.method.needs:
                     keys = layout.read_keys(kv_cache, prefill.blocks, prefill.plan.num_tokens)
                 scores = self._scores(prefill, layer, query, keys, scale)
-                kept = select(scores[:, : scores.shape[1] - prefill.plan.num_tail], prefill.plan.num_moved)
+                scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
+                if prefill.plan.is_ragged:
+                    self.scored.setdefault(prefill.request_id, []).append(scores)
+                    continue
+                kept = select(scores, prefill.plan.num_moved)
             with self._timed("compact_us"):
                 kept = kept.expand(kv_cache.shape[1], -1)
-                moves.append(self._collect(prefill, kept, key, value, kv_cache, layout))
+                self._moves.append((kv_cache, *self._collect(prefill, kept, key, value, kv_cache, layout)))
+        if not self.scored:
+            self._carry_out()
+
+    def finish(self, prefills: Iterable[PrefillRows]) -> None:
+        """Share the pages of prompts with uneven budgets that ended in this step, and move their entries there.
+
+        Call once after the step's layers have run: a page may go to another layer than the one it was written by, so
+        every layer must have been read. All sources of all requests are copied before the first is written.
+        """
+        for prefill in prefills:
+            if prefill.request_id in self.scored:
+                self._share(prefill, self.scored.pop(prefill.request_id))
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        assert self.layout is not None, "use_cache came first"
         with self._timed("compact_us"):
-            for keys, values, slots in moves:
-                layout.write(kv_cache, keys, values, slots)
+            for cache, keys, values, slots in self._moves:
+                self.layout.write(cache, keys, values, slots)
+        self._moves.clear()
+
+    def _share(self, prefill: PrefillRows, scores: list[torch.Tensor]) -> None:
+        """Pages for every layer and head of one prompt, and copies of what goes there."""
+        plan, pool = prefill.plan, self.pool
+        assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
+        with self._timed("score_us"):
+            counts = self.allocator.pages(plan, scores, pool.num_heads)
+            held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
+            kept = [
+                select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
+                for layer, count in zip(scores, counts, strict=True)
+            ]
+        self.held[prefill.request_id] = held
+        with self._timed("compact_us"):
+            for layer, entries in enumerate(kept):
+                heads = torch.arange(pool.num_heads).repeat_interleave(counts[layer] * plan.block_size)
+                slots = held.slots(layer, plan.block_size)
+                num_seen = scores[layer].shape[1]
+                if num_seen + plan.num_tail < plan.num_tokens and plan.num_tail:
+                    # Rows chosen at the TSP layer were cached densely: the tail's true slots are still empty here.
+                    tail = torch.arange(plan.num_tail)
+                    entries = torch.cat([entries, (num_seen + tail).repeat(pool.num_heads)])
+                    heads = torch.cat([heads, torch.arange(pool.num_heads).repeat_interleave(plan.num_tail)])
+                    own = pool.pages(prefill.blocks[-1:])[layer]  # [H, 1]
+                    slots = torch.cat([slots, (own * plan.block_size + tail).flatten()])
+                pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
+                keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
+                self._moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
 
     def _keep_window(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> None:
         """Remember the window queries of a chunk that ends inside the window."""
@@ -159,15 +239,6 @@ class Compressor:
             values = torch.cat([values, value[prefill.rows][-plan.num_tail :]])
             slots = torch.cat([slots, tail])
         return keys, values, slots
-
-    def _layout(self, kv_cache: torch.Tensor, isa: str) -> PageLayout:
-        block_size, head_dim = kv_cache.shape[2], kv_cache.shape[3] // 2
-        key = (block_size, head_dim, kv_cache.dtype, isa)
-        if key not in self._layouts:
-            self._layouts[key] = PageLayout.probe(
-                block_size=block_size, head_dim=head_dim, dtype=kv_cache.dtype, isa=isa
-            )
-        return self._layouts[key]
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

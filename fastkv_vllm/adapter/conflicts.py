@@ -28,13 +28,13 @@ class Conflict:
         needs: what must hold.
         found: (vLLM's configuration) -> what is there instead; None where it holds.
         remedy: what the user can do.
-        tsp_only: holds no threat to methods that do not propagate rows.
+        concerns: (our configuration) -> whether it needs this at all.
     """
 
     needs: str
     found: Callable[[Any], str | None]
     remedy: str
-    tsp_only: bool = False
+    concerns: Callable[[CompressionConfig], bool] = lambda config: True
 
 
 def _unless(holds: bool, found: str) -> str | None:
@@ -115,7 +115,13 @@ CONFLICTS = (
         "late layers free of most prompt tokens (token-selective propagation)",
         lambda c: _unless(not c.cache_config.enable_prefix_caching, "prefix caching, which would share those blocks"),
         'drop --enable-prefix-caching or set "tsp_ratio": 1.0',
-        tsp_only=True,
+        concerns=lambda config: config.uses_tsp,
+    ),
+    Conflict(
+        "all KV heads on one rank to share a layer's budget among them",
+        _parallel("tensor_parallel_size"),
+        'use --tensor-parallel-size 1 or set "head_budgets": "uniform"',
+        concerns=lambda config: config.head_budgets != "uniform",
     ),
 )
 
@@ -129,7 +135,7 @@ def require_no_conflicts(vllm_config: VllmConfig, config: CompressionConfig) -> 
     lines = [
         f"- it needs {conflict.needs} and got {found}; {conflict.remedy}"
         for conflict in CONFLICTS
-        if (config.uses_tsp or not conflict.tsp_only) and (found := conflict.found(vllm_config)) is not None
+        if conflict.concerns(config) and (found := conflict.found(vllm_config)) is not None
     ]
     if lines:
         raise ValueError("\n".join([f"--kv-compression {config.method} cannot run:", *lines]))

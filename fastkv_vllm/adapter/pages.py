@@ -84,11 +84,22 @@ class PageLayout:
             blocks: block ids in order, [B] int64.
             entries: entry numbers per head, [H, K] int64.
         """
-        num_blocks, num_heads = kv_cache.shape[:2]
-        flat = kv_cache.view(num_blocks * num_heads, 2, -1)
+        num_heads = kv_cache.shape[1]
         heads = torch.arange(num_heads).unsqueeze(1)
-        pages = (blocks[entries // self.block_size] * num_heads + heads).T.unsqueeze(-1)  # [K, H, 1]
-        within = (entries % self.block_size).T
+        pages = blocks[entries // self.block_size] * num_heads + heads
+        return self.take(kv_cache, pages.T, (entries % self.block_size).T)
+
+    def take(
+        self, kv_cache: torch.Tensor, pages: torch.Tensor, within: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of entries by page, each [..., D].
+
+        Args:
+            kv_cache: [num_blocks, H, block_size, 2 * D]; page block * H + head.
+            pages, within: page, and entry number within it, of each, [...] int64.
+        """
+        flat = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], 2, -1)
+        pages = pages.unsqueeze(-1)
         keys = flat[pages, 0, self.key_offsets.view(self.block_size, -1)[within]]
         values = flat[pages, 1, self.value_offsets.view(self.block_size, -1)[within]]
         return keys, values

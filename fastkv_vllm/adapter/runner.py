@@ -32,7 +32,6 @@ class CPUCompressionRunner(CPUModelRunner):
         """Set up what compression holds; call once, after vLLM's own initialiser."""
         self.compressor = Compressor(compression_config(self.vllm_config))
         self._plan: StepPlan | None = None
-        self._batch: Batch | None = None
         self._tsp: TSPStep | None = None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -40,6 +39,7 @@ class CPUCompressionRunner(CPUModelRunner):
         self._require_our_classes(kv_cache_config)
         self._builder = self.attn_groups[0][0].get_metadata_builder(0)
         self._builder.compressor = self.compressor
+        self.compressor.use_cache(self.kv_caches, self._builder.isa)
         tsp_layer = self.compressor.tsp_layer
         self._late_layer_names = [
             name
@@ -51,13 +51,15 @@ class CPUCompressionRunner(CPUModelRunner):
         self._plan = plan_of(scheduler_output)
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
+            if self._builder.batch is not None:
+                self.compressor.finish(self._builder.batch.prefills)
         finally:
             plan, self._plan, self._tsp = self._plan, None, None
             self._builder.batch = None
-            self.compressor.selected.clear()
+            self.compressor.end_step()
         for request_id, destination in plan.destinations.items():
             self._move_blocks(request_id, destination, plan)
-        self.compressor.forget(plan.partial)
+        self.compressor.forget(plan.partial, plan.compressed)
         return output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,9 +96,11 @@ class CPUCompressionRunner(CPUModelRunner):
         starts = self.query_start_loc.np
         table = self.input_batch.block_table[0].get_cpu_tensor()
         prefills = []
-        null_blocks = {}
+        null_blocks, held = {}, {}
         for row, request_id in enumerate(self.input_batch.req_ids):
-            if request_id in plan.null_blocks:
+            if request_id in self.compressor.held and request_id in plan.null_blocks:
+                held[row] = self.compressor.held[request_id]
+            elif request_id in plan.null_blocks:
                 null_blocks[row] = plan.null_blocks[request_id]
             if request_id in plan.prefills:
                 prompt = plan.prefills[request_id]
@@ -112,7 +116,7 @@ class CPUCompressionRunner(CPUModelRunner):
                         destination=plan.destinations.get(request_id),
                     )
                 )
-        return Batch(tuple(prefills), null_blocks, block_size)
+        return Batch(tuple(prefills), null_blocks, held, block_size)
 
     def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
         """Put null blocks and kept blocks into the request's table, as the scheduler has done in its own."""

@@ -85,7 +85,10 @@ class _CompressionMixin(Scheduler):
         for rid in ended:
             self._count_compressed(rid, prefills[rid])
         partial = frozenset(rid for rid in self.manager.plans if rid not in self.manager.null_blocks)
-        attach_plan(scheduler_output, StepPlan(prefills, destinations, compressed, partial))
+        attach_plan(
+            scheduler_output,
+            StepPlan(prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks)),
+        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

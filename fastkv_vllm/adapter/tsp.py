@@ -10,7 +10,6 @@ chunk that carries the window.
 | last chunk of a prompt              | replaced by the chosen rows of the whole prompt      |
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
-from fastkv_vllm.adapter.batch import PrefillRows
+from fastkv_vllm.adapter.batch import PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 
 Layer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -80,7 +79,9 @@ class TSPStep:
         going = [segment for segment in segments if segment.num_late]
         if going:
             late, prefills = _late_batch(view, going)
-            self._metadata = builder.build_for(late, prefills)
+            held = builder.batch.held if builder.batch is not None else {}
+            late_held = {i: held[s.request] for i, s in enumerate(going) if s.request in held}
+            self._metadata = builder.build_for(late, prefills, late_held)
             self._slots = late.slot_mapping
             self._late_of_going = list(zip(going, late.query_start_loc.tolist(), strict=False))
 
@@ -195,15 +196,7 @@ def _late_batch(view: Any, going: Sequence[_Segment]) -> tuple[Any, tuple[Prefil
     The chosen rows of a prompt are cached densely from its first block on; its blocks hold nothing else in these
     layers yet, and compaction moves what stays to where decode expects it.
     """
-    counts = torch.tensor([segment.num_late for segment in going], dtype=torch.int32)
-    requests = torch.tensor([segment.request for segment in going])
-    late = copy.copy(view)
-    late.query_start_loc = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    late.query_start_loc_cpu = late.query_start_loc
-    late.seq_lens = view.seq_lens[requests].clone()
-    late.block_table_tensor = view.block_table_tensor[requests]
-    late.num_reqs, late.num_actual_tokens = len(going), int(counts.sum())
-    late.max_query_len, late.max_seq_len = int(counts.max()), int(late.seq_lens.max())
+    late = take_requests(view, [s.request for s in going], [s.num_late for s in going])
     slots, prefills = [], []
     for i, (segment, first) in enumerate(zip(going, late.query_start_loc.tolist(), strict=False)):
         if segment.prefill is None or not segment.under_tsp:

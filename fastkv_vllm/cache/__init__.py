@@ -1,6 +1,7 @@
 """Bookkeeping in plain Python: what stays of a prompt, what a step does, and that no block is lost."""
 
+from fastkv_vllm.cache.budgets import share_pages
 from fastkv_vllm.cache.integrity import check_integrity
 from fastkv_vllm.cache.plan import LeftAlone, PromptPlan, StepPlan, plan_prompt
 
-__all__ = ["LeftAlone", "PromptPlan", "StepPlan", "check_integrity", "plan_prompt"]
+__all__ = ["LeftAlone", "PromptPlan", "StepPlan", "check_integrity", "plan_prompt", "share_pages"]

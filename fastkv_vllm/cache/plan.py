@@ -11,7 +11,7 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -30,10 +30,11 @@ class PromptPlan:
     Fields:
         num_tokens: tokens of the prompt (P).
         block_size: tokens per block.
-        num_pages: whole pages that stay per (layer, KV head), beside the tail.
+        num_pages: whole pages that stay per (layer, KV head), beside the tail; also the whole blocks that stay.
         num_tsp: rows that go on after the TSP layer, forced ones included; None: all of them.
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
+        is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean.
     """
 
     num_tokens: int
@@ -42,6 +43,7 @@ class PromptPlan:
     num_tsp: int | None
     window_size: int
     num_sink: int
+    is_ragged: bool = False
 
     @property
     def num_whole_blocks(self) -> int:
@@ -58,13 +60,19 @@ class PromptPlan:
         return min(self.num_tokens - self.window_size, self.num_whole_blocks * self.block_size)
 
     @property
+    def least_pages(self) -> int:
+        """Least pages of any (layer, KV head): sinks, the window before the tail, and room for a choice."""
+        forced = self.num_sink + max(self.window_size - self.num_tail, 0)
+        return -(-(forced + 1) // self.block_size)
+
+    @property
     def num_moved(self) -> int:
-        """Entries per (layer, KV head) that are moved together into whole pages."""
+        """Entries that are moved together into whole pages, mean over layers and KV heads."""
         return self.num_pages * self.block_size
 
     @property
     def num_kept(self) -> int:
-        """Entries per (layer, KV head) that stay, tail included."""
+        """Entries that stay, tail included, mean over layers and KV heads."""
         return self.num_moved + self.num_tail
 
     @property
@@ -86,12 +94,14 @@ class StepPlan:
         destinations: requests that finish their prompt in this step -> ids of the blocks that take their kept pages.
         null_blocks: requests of this step compressed in an earlier one -> leading null blocks of their table.
         partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
+        compressed: requests that hold compressed pages after this step; workers forget all others' page tables.
     """
 
     prefills: Mapping[str, PromptPlan]
     destinations: Mapping[str, list[int]]
     null_blocks: Mapping[str, int]
     partial: frozenset[str]
+    compressed: frozenset[str]
 
 
 def plan_prompt(
@@ -103,6 +113,7 @@ def plan_prompt(
     window_size: int,
     num_sink: int,
     min_tokens: int,
+    is_ragged: bool = False,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -118,17 +129,18 @@ def plan_prompt(
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
         min_tokens: prompts below this are left alone; more than window_size.
+        is_ragged: layers and KV heads share the pages unevenly.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
     whole, tail = divmod(num_tokens, block_size)
     held = -(-num_kept // block_size)
-    forced = num_sink + max(window_size - tail, 0)
-    num_pages = max(held - (tail > 0), -(-(forced + 1) // block_size))  # + 1: something must be chosen
+    plan = PromptPlan(num_tokens, block_size, held - (tail > 0), num_tsp, window_size, num_sink, is_ragged)
+    num_pages = max(plan.num_pages, plan.least_pages)
     if num_pages >= whole:
         return LeftAlone.BUDGET_COVERS_PROMPT
     if num_tsp is not None:
         num_tsp = max(num_tsp, num_pages * block_size + tail)
     if num_tsp is not None and num_tsp >= num_tokens:
         num_tsp = None
-    return PromptPlan(num_tokens, block_size, num_pages, num_tsp, window_size, num_sink)
+    return replace(plan, num_pages=num_pages, num_tsp=num_tsp)

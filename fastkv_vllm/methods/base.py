@@ -6,19 +6,23 @@ from typing import ClassVar
 
 import torch
 
+from fastkv_vllm.methods.budgets import UNIFORM
+
 
 @dataclass(frozen=True)
 class Method(ABC):
     """How important is each cached entry of one layer?
 
     A method only rates. Forcing sinks and window, turning scores into kept entries, moving data and
-    freeing blocks is shared code; so is the propagation of rows when `propagates` is set.
+    freeing blocks is shared code; so is the propagation of rows when `propagates` is set. How layers and heads share
+    the budget is the allocator's matter (`budgets.Allocator`).
 
     Class attributes (declared, never inferred; tables, help and conflict checks are derived from them):
         source: paper and section the arithmetic follows.
         needs: names of the inputs of `score`, out of "queries", "keys", "positions".
         propagates: the method also chooses the rows that go on after the TSP layer.
         default_num_sink: first tokens that always stay, when the configuration does not say.
+        layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
     Fields:
         window_size: last prompt tokens whose queries vote; they always stay themselves.
@@ -30,6 +34,8 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]]
     propagates: ClassVar[bool] = False
     default_num_sink: ClassVar[int] = 0
+    layer_budgets: ClassVar[str] = UNIFORM
+    head_budgets: ClassVar[str] = UNIFORM
 
     window_size: int
     kernel_size: int

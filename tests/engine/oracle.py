@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+import tests.reference.budgets
 import tests.reference.model
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
@@ -40,6 +42,11 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
         num_sink=config.num_sink,
         tsp_layer=None if plan.num_tsp is None else config.tsp_layer,
         num_tsp=plan.num_tsp,
+        block_size=BLOCK_SIZE if plan.is_ragged else None,
+        layer_budgets=config.layer_budgets,
+        head_budgets=config.head_budgets,
+        pyramid_beta=config.pyramid_beta,
+        head_floor=config.head_floor,
     )
 
 
@@ -88,7 +95,7 @@ def _generate(
 ) -> tuple[Generation, float]:
     """Generation, and the smallest relative distance between a chosen score and one that was not."""
     gaps = [1.0]
-    select = tests.reference.model.select_positions
+    select, best_by_head = tests.reference.model.select_positions, tests.reference.budgets.best_by_head
 
     def select_and_measure(scores: Sequence[float], positions: Sequence[int], count: int, drop: Drop) -> list[int]:
         chosen = select(scores, positions, count, drop)
@@ -99,6 +106,19 @@ def _generate(
             gaps.append((min(inside) - max(outside)) / abs(min(inside)))
         return chosen
 
+    def count_and_measure(
+        drop: Drop, scores: Tensor, positions: Sequence[int], count: int, tail_from: int
+    ) -> list[int]:
+        rated = [i for i, p in enumerate(positions) if p < tail_from and not drop.is_forced(p)]
+        num_forced = sum(p < tail_from for p in positions) - len(rated)
+        ordered = scores[:, rated].flatten().sort(descending=True).values
+        last = ordered[count - num_forced * scores.shape[0] - 1]
+        # Pooling makes equal neighbours: heads change places by whole groups, so the groups must be apart.
+        others = ordered[ordered != last]
+        gaps.append(float(((others - last).abs() / last).min()))
+        return best_by_head(drop, scores, positions, count, tail_from)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)
+        patch.setattr(tests.reference.budgets, "best_by_head", count_and_measure)
         return _model(checkpoint).generate(prompt, max_tokens, drop, num_context), min(gaps)

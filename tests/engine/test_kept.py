@@ -46,7 +46,7 @@ def test_kept_entries(engine, selections, num_tokens, last):
     if expected.tsp_indices is not None:
         assert tsp_indices.tolist() == expected.tsp_indices.tolist()
     for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
-        assert got.expand(len(want), -1).tolist() == want.tolist(), f"layer {layer}"
+        assert got.expand(len(want), -1).tolist() == [head.tolist() for head in want], f"layer {layer}"
 
 
 def positions_of(selections, config, num_tokens, num_layers):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tests.reference.budgets
 from tests.reference.selection import Drop, select_positions, window_scores
 
 
@@ -19,24 +20,24 @@ class Generation:
 
     tokens, logprobs: chosen tokens and their log-probabilities.
     margins: top-1 minus top-2 logit of each step; a small one tells a tie from an error.
-    kept: per layer the kept positions, [H, num_kept] int64, ascending; empty without a drop.
+    kept: per layer and head the kept positions, [num_kept] int64, ascending; empty without a drop.
     tsp_indices: positions that went on after the TSP layer, [num_tsp] int64, ascending; None without TSP.
     """
 
     tokens: list[int]
     logprobs: list[float]
     margins: list[float]
-    kept: list[Tensor]
+    kept: list[list[Tensor]]
     tsp_indices: Tensor | None
 
 
 @dataclass
 class _Layer:
-    """Weights of one layer by short name, and its cache of roped keys and values, [H, N, D]."""
+    """Weights of one layer by short name, and its cache of roped keys and values, of each head [N, D]."""
 
     weights: dict[str, Tensor]
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 class ReferenceModel:
@@ -103,25 +104,30 @@ class ReferenceModel:
 
     def _prefill(
         self, prompt: Sequence[int], drop: Drop | None
-    ) -> tuple[Tensor, list[_Layer], list[Tensor], Tensor | None]:
+    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], Tensor | None]:
         """Run the prompt: the last layer's hidden rows, the layers after dropping, kept and tsp_indices."""
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
-        layers, kept, tsp_indices = [], [], None
+        layers, seen, rated, tsp_indices = [], [], [], None
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
         for index, weights in enumerate(self.layer_weights):
             queries, keys, values = self._project(weights, hidden, positions)
             hidden = self._finish(weights, hidden, _attend(queries, keys, values))
+            layers.append(_Layer(weights, list(keys), list(values)))
+            seen.append(positions)
             if drop is not None:
-                scores = _score(queries, keys, positions, drop)
-                stay = torch.stack([_select(head, positions, drop.num_kept, drop) for head in scores])
-                kept.append(stay)
-                keys, values = _take(keys, positions, stay), _take(values, positions, stay)
+                rated.append(_score(queries, keys, positions, drop))
                 if index == drop.tsp_layer:
-                    positions = tsp_indices = _select(sum(scores), positions, drop.num_tsp, drop)
+                    positions = tsp_indices = _select(sum(rated[-1]), positions, drop.num_tsp, drop)
                     hidden = hidden[tsp_indices]  # up to here all rows are present: a row's index is its position
-            layers.append(_Layer(weights, keys, values))
+        kept = []
+        if drop is not None:
+            counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt))
+            for layer, scores, rows, numbers in zip(layers, rated, seen, counts, strict=True):
+                stay = [_select(head, rows, number, drop) for head, number in zip(scores, numbers, strict=True)]
+                layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
+                kept.append(stay)
         return hidden, layers, kept, tsp_indices
 
     def _decode(self, layers: list[_Layer], token: int, position: int) -> Tensor:
@@ -129,8 +135,8 @@ class ReferenceModel:
         hidden = self._embed([token])
         for layer in layers:
             queries, keys, values = self._project(layer.weights, hidden, torch.tensor([position]))
-            layer.keys = torch.cat([layer.keys, keys], dim=1)
-            layer.values = torch.cat([layer.values, values], dim=1)
+            layer.keys = [torch.cat(pair) for pair in zip(layer.keys, keys, strict=True)]
+            layer.values = [torch.cat(pair) for pair in zip(layer.values, values, strict=True)]
             hidden = self._finish(layer.weights, hidden, _attend(queries, layer.keys, layer.values))
         return hidden
 
@@ -189,15 +195,14 @@ class ReferenceModel:
         return hidden + _linear(gate * _linear(x, weights, "up_proj"), weights, "down_proj")
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention of the last n of N rows, [Hq, n, D] over [H, N, D] -> [n, Hq * D]."""
-    group_size = queries.shape[0] // keys.shape[0]
-    num_queries, num_keys = queries.shape[1], keys.shape[1]
-    keys, values = keys.repeat_interleave(group_size, dim=0), values.repeat_interleave(group_size, dim=0)
-    logits = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
-    future = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1 + num_keys - num_queries)
-    attended = logits.masked_fill(future, -torch.inf).softmax(dim=-1) @ values
-    return attended.transpose(0, 1).flatten(1)
+def _attend(queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Causal attention of the last n of N rows, [Hq, n, D] over [N, D] of each KV head -> [n, Hq * D]."""
+    attended = []
+    for group, k, v in zip(queries.chunk(len(keys)), keys, values, strict=True):
+        logits = group @ k.T / queries.shape[-1] ** 0.5
+        future = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + k.shape[0] - queries.shape[1])
+        attended.append(logits.masked_fill(future, -torch.inf).softmax(dim=-1) @ v)
+    return torch.cat(attended).transpose(0, 1).flatten(1)
 
 
 def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
@@ -215,10 +220,9 @@ def _select(scores: Tensor, positions: Tensor, count: int, drop: Drop) -> Tensor
     return torch.tensor(select_positions(scores.tolist(), positions.tolist(), count, drop))
 
 
-def _take(cache: Tensor, positions: Tensor, stay: Tensor) -> Tensor:
-    """Entries that stay: cache [H, n, D] at positions [n], stay [H, K] -> [H, K, D]."""
-    rows = torch.searchsorted(positions, stay)
-    return torch.stack([cache[head, rows[head]] for head in range(cache.shape[0])])
+def _take(cache: Sequence[Tensor], positions: Tensor, stay: Sequence[Tensor]) -> list[Tensor]:
+    """Entries that stay of each head: caches [n, D] of rows at positions [n], stay [K] -> [K, D]."""
+    return [head[torch.searchsorted(positions, chosen)] for head, chosen in zip(cache, stay, strict=True)]
 
 
 def _refuse_unsupported(config: dict) -> None:

@@ -7,20 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW_METHODS = ("fastkv", "snapkv")
+_WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv")
 
 
 @dataclass(frozen=True)
 class Drop:
     """Which entries a method drops at the end of the prompt.
 
-    method: "fastkv" or "snapkv" (the last window_size queries vote), "streamingllm" (the most recent stay).
-    num_kept: entries per layer and KV head that stay, forced ones included. A layer that saw fewer keeps all.
+    method: "streamingllm" (the most recent stay); all others: the last window_size queries vote.
+    num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
     num_sink: positions below it always stay and are always propagated.
     tsp_layer: 0-based, inclusive: layers up to it see every row. None: no layer sees fewer.
     num_tsp: rows propagated after tsp_layer, forced ones included.
+    block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
+    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "adaptive" over the heads of a layer.
+    pyramid_beta, head_floor: their numbers.
     """
 
     method: str
@@ -32,10 +35,15 @@ class Drop:
     num_sink: int = 0
     tsp_layer: int | None = None
     num_tsp: int | None = None
+    block_size: int | None = None
+    layer_budgets: str = "uniform"
+    head_budgets: str = "uniform"
+    pyramid_beta: int = 20
+    head_floor: float = 0.2
 
     def __post_init__(self) -> None:
         if self.method not in (*_WINDOW_METHODS, "streamingllm"):
-            raise ValueError(f"method must be fastkv, snapkv or streamingllm; got {self.method!r}")
+            raise ValueError(f"method must be {', '.join(_WINDOW_METHODS)} or streamingllm; got {self.method!r}")
         if self.pooling not in ("max", "avg"):
             raise ValueError(f"pooling must be max or avg; got {self.pooling!r}")
         if self.kernel_size % 2 == 0:

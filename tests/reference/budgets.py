@@ -1,0 +1,70 @@
+"""How layers and heads share a budget: the rules of `Drop`, slowly."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tests.reference.selection import Drop
+
+
+def hand_out(wanted: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
+    """Pages of each: all begin with `low`, then each next page goes to whom most is missing, the first of equals."""
+    pages = list(low)
+    while sum(pages) < total:
+        missing = [w - n if n < most else float("-inf") for w, n, most in zip(wanted, pages, high, strict=True)]
+        pages[missing.index(max(missing))] += 1
+    return pages
+
+
+def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor], num_tokens: int) -> list[list[int]]:
+    """Entries that stay of each layer and head, tail included, [L][H].
+
+    Args:
+        drop: the budget and its rules.
+        scores: of each layer, [H, n or n - window_size].
+        positions: of the rows each layer saw, [n].
+        num_tokens: tokens of the prompt.
+    """
+    num_layers, num_heads = len(scores), scores[0].shape[0]
+    if drop.block_size is None:
+        return [[drop.num_kept] * num_heads] * num_layers
+    size, tail = drop.block_size, num_tokens % drop.block_size
+    mean = (drop.num_kept - tail) // size
+    forced = sum(drop.is_forced(p) for p in range(num_tokens - tail))
+    least = (forced + 1 + size - 1) // size
+    most = [(len(seen) - tail) // size for seen in positions]
+    layer_pages = [mean] * num_layers
+    if drop.layer_budgets == "pyramid":
+        wanted = [(n - tail) / size for n in pyramid(drop, num_layers, num_tokens)]
+        layer_pages = hand_out(wanted, mean * num_layers, [least] * num_layers, most)
+    counts = []
+    for layer in range(num_layers):
+        pages = [layer_pages[layer]] * num_heads
+        if drop.head_budgets == "adaptive":
+            shares = best_by_head(drop, scores[layer], positions[layer].tolist(), sum(pages) * size, num_tokens - tail)
+            even = layer_pages[layer] * size
+            wanted = [((1 - drop.head_floor) * share + drop.head_floor * even) / size for share in shares]
+            pages = hand_out(wanted, sum(pages), [least] * num_heads, [most[layer]] * num_heads)
+        counts.append([n * size + tail for n in pages])
+    return counts
+
+
+def pyramid(drop: Drop, num_layers: int, num_tokens: int) -> list[float]:
+    """PyramidKV's budgets, entries of each layer with the window: arXiv 2406.02069, section 3.2."""
+    even = drop.num_kept - drop.window_size
+    least = even / drop.pyramid_beta
+    first = min(2 * even - least, num_tokens - drop.window_size)
+    last = 2 * even - first
+    return [first - layer * (first - last) / (num_layers - 1) + drop.window_size for layer in range(num_layers)]
+
+
+def best_by_head(drop: Drop, scores: Tensor, positions: Sequence[int], count: int, tail_from: int) -> list[int]:
+    """AdaKV: how many of a layer's `count` best entries before the tail are each head's."""
+    entries = []
+    for head, row in enumerate(scores.tolist()):
+        for i, position in enumerate(positions):
+            if position < tail_from:
+                score = float("inf") if drop.is_forced(position) else row[i]
+                entries.append((-score, head, position))
+    best = sorted(entries)[:count]
+    return [sum(head == h for _, head, _ in best) for h in range(scores.shape[0])]

@@ -1,0 +1,66 @@
+"""How important is each entry: scores as loops over rows, to be read rather than to be fast."""
+
+import torch
+from torch import Tensor
+
+
+def all_query_scores(queries: Tensor, keys: Tensor, decay: float = 1.0) -> Tensor:
+    """Attention that every key gets from all queries, older queries counting less, per KV head.
+
+    S[k, j] = sum over the query heads h of k and the rows q >= j of decay^(n - 1 - q) * p[h, q, j], p[h, q] the softmax
+    of Q[h, q] . K[k] / sqrt(D) over keys 0 .. q.
+
+    Args:
+        queries: roped queries of the layer, [Hq, n, D], float32 or float64.
+        keys: roped keys of the layer, [H, n, D], same dtype.
+        decay: weight of a row relative to the next one, in (0, 1].
+    Returns: [H, n], same dtype.
+    Source: H2O, arXiv 2306.14048 (decay 1); A2SF, arXiv 2407.20485; per KV head.
+    """
+    num_heads, num_rows, _ = queries.shape
+    num_kv_heads = keys.shape[0]
+    group_size = num_heads // num_kv_heads
+
+    scores = torch.zeros(num_kv_heads, num_rows, dtype=queries.dtype)
+    for head in range(num_heads):
+        kv_head = head // group_size
+        for row in range(num_rows):
+            weight = decay ** (num_rows - 1 - row)
+            scores[kv_head, : row + 1] += weight * _probabilities(queries[head, row], keys[kv_head, : row + 1])
+    return scores
+
+
+def last_query_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention that every key gets from the last query, mean over all query heads: one rating for all heads.
+
+    Args:
+        queries: roped queries of the layer, [Hq, n, D], float32 or float64.
+        keys: roped keys of the layer, [H, n, D], same dtype.
+    Returns: [1, n], same dtype.
+    Source: TOVA, arXiv 2401.06104.
+    """
+    num_heads = queries.shape[0]
+    group_size = num_heads // keys.shape[0]
+    scores = torch.zeros(1, keys.shape[1], dtype=queries.dtype)
+    for head in range(num_heads):
+        scores[0] += _probabilities(queries[head, -1], keys[head // group_size]) / num_heads
+    return scores
+
+
+def value_norms(values: Tensor) -> Tensor:
+    """L1 norm of every value vector: values [H, n, D] -> [H, n], same dtype.
+
+    Source: VATP, arXiv 2406.12335.
+    """
+    norms = torch.zeros(values.shape[:2], dtype=values.dtype)
+    for head in range(values.shape[0]):
+        for row in range(values.shape[1]):
+            norms[head, row] = values[head, row].abs().sum()
+    return norms
+
+
+def _probabilities(query: Tensor, keys: Tensor) -> Tensor:
+    """Softmax of one query [D] over the keys it sees, [m, D] -> [m]."""
+    logits = keys @ query / query.shape[0] ** 0.5
+    exponentials = (logits - logits.max()).exp()
+    return exponentials / exponentials.sum()

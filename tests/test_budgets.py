@@ -1,0 +1,138 @@
+"""Budgets: pages are shared by whom most is missing, never lost, within their bounds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastkv_vllm.adapter.pages import PageLayout
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool
+from fastkv_vllm.cache import share_pages
+from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.kernels.select import select, select_ragged
+from tests.reference.budgets import hand_out
+
+NUM_LAYERS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 32, 32
+
+
+@st.composite
+def shares(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[int]]:
+    """Wishes (some equal, some beyond the bounds), a total that fits, and bounds."""
+    count = draw(st.integers(1, 8))
+    wish = st.one_of(st.floats(-3, 30), st.integers(0, 9).map(float))
+    low = draw(st.lists(st.integers(0, 4), min_size=count, max_size=count))
+    high = [a + draw(st.integers(0, 20)) for a in low]
+    return draw(st.lists(wish, min_size=count, max_size=count)), draw(st.integers(sum(low), sum(high))), low, high
+
+
+@given(shares())
+@settings(max_examples=500, derandomize=True, deadline=None)
+def test_pages_are_those_handed_out_one_by_one(case: tuple[list[float], int, list[int], list[int]]) -> None:
+    wanted, total, low, high = case
+    pages = share_pages(wanted, total, low=low, high=high)
+    assert sum(pages) == total
+    assert all(a <= n <= b for a, n, b in zip(low, pages, high, strict=True))
+    assert pages == hand_out(wanted, total, low, high)
+
+
+@pytest.mark.parametrize("total", [2, 9])
+def test_a_total_outside_the_bounds_is_refused(total: int) -> None:
+    with pytest.raises(ValueError, match=r"total must be in 3\.\.8, the sums of the bounds; got"):
+        share_pages([2.0, 2.0], total, low=[1, 2], high=[4, 4])
+
+
+@pytest.mark.parametrize("layers", ["uniform", "pyramid"])
+@pytest.mark.parametrize("heads", ["uniform", "adaptive"])
+@pytest.mark.parametrize("num_tokens", [640, 703, 2000])
+def test_pages_add_up(layers: str, heads: str, num_tokens: int) -> None:
+    config = CompressionConfig("snapkv", layer_budgets=layers, head_budgets=heads, num_sink=3)
+    plan = config.plan(num_tokens, BLOCK_SIZE)
+    generator = torch.Generator().manual_seed(num_tokens)
+    scores = [torch.rand(NUM_HEADS, num_tokens - plan.num_tail, generator=generator) for _ in range(NUM_LAYERS)]
+    pages = config.make_allocator().pages(plan, scores, NUM_HEADS)
+    assert pages.shape == (NUM_LAYERS, NUM_HEADS) and int(pages.sum()) == plan.num_pages * pages.numel()
+    assert int(pages.min()) >= plan.least_pages and int(pages.max()) <= plan.num_whole_blocks
+    assert plan.is_ragged == ((layers, heads) != ("uniform", "uniform"))
+    if layers == "pyramid":
+        assert pages.sum(dim=1).tolist() == sorted(pages.sum(dim=1).tolist(), reverse=True)
+
+
+def test_a_head_with_the_layers_best_gets_more() -> None:
+    config = CompressionConfig("adakv", retention_ratio=0.2)
+    plan = config.plan(1280, BLOCK_SIZE)
+    scores = [torch.cat([torch.rand(1, 1280), torch.rand(1, 1280) + 2])]
+    assert config.make_allocator().pages(plan, scores, 2).tolist() == [[2, 14]]  # floor 0.2 of 8, the rest to head 1
+    everything = CompressionConfig("adakv", retention_ratio=0.2, head_floor=1.0).make_allocator()
+    assert everything.pages(plan, scores, 2).tolist() == [[8, 8]]
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"layer_budgets": "square"}, "layer_budgets must be one of uniform, pyramid; got 'square'"),
+        ({"head_budgets": 3}, "head_budgets must be one of uniform, adaptive; got 3"),
+        ({"head_floor": 1.5}, r"head_floor must be in \[0, 1\]; got 1.5"),
+        ({"pyramid_beta": 0}, "pyramid_beta must be an integer >= 1; got 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings_: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressionConfig.from_mapping("snapkv", settings_)
+
+
+def test_select_ragged_is_select_row_by_row() -> None:
+    scores = torch.randint(0, 9, (5, 70)).float()  # many ties
+    counts = torch.tensor([1, 70, 7, 0, 33])
+    expected = [select(scores[i : i + 1], n)[0] for i, n in enumerate(counts.tolist()) if n]
+    assert torch.equal(select_ragged(scores, counts), torch.cat(expected))
+
+
+@pytest.mark.parametrize("counts", [[1, 71], [-1, 2], [1]])
+def test_bad_ragged_counts_are_refused(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="num_kept must be"):
+        select_ragged(torch.rand(2, 70), torch.tensor(counts))
+
+
+@pytest.fixture
+def pool() -> PagePool:
+    layout = PageLayout.probe(block_size=BLOCK_SIZE, head_dim=HEAD_DIM, dtype=torch.float32, isa="vec")
+    storage = torch.zeros(NUM_LAYERS, 10, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    return PagePool.of(list(storage), layout)
+
+
+def test_pool_pages_are_the_layers(pool: PagePool) -> None:
+    ids = pool.pages(torch.tensor([3, 7]))
+    pool.cache[ids[2, 1, 0]] = 5.0
+    assert pool.cache.shape == (NUM_LAYERS * 10 * NUM_HEADS, 1, BLOCK_SIZE, 2 * HEAD_DIM)
+    storage = pool.cache.view(NUM_LAYERS, 10, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    assert bool((storage[2, 3, 1] == 5).all()) and int((storage == 5).sum()) == BLOCK_SIZE * 2 * HEAD_DIM
+
+
+def test_caches_of_several_allocations_are_refused(pool: PagePool) -> None:
+    caches = [torch.zeros(10, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="in one allocation, head-major and unpadded; layer 1 is not"):
+        PagePool.of(caches, pool.layout)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shared_pages_are_those_of_the_destination(pool: PagePool, seed: int) -> None:
+    """Any distribution fits; each page is held once, and appended blocks follow each head's own pages."""
+    generator = torch.Generator().manual_seed(seed)
+    owners = torch.randint(0, NUM_LAYERS * NUM_HEADS, (3 * NUM_LAYERS * NUM_HEADS,), generator=generator)
+    counts = torch.bincount(owners, minlength=NUM_LAYERS * NUM_HEADS).view(NUM_LAYERS, NUM_HEADS)
+    destination = [4, 9, 2]
+    held = HeadPages.share(20, counts, pool, destination)
+    taken = held.pages[torch.arange(held.pages.shape[2]) < counts.unsqueeze(-1)]
+    assert sorted(taken.tolist()) == sorted(pool.pages(torch.tensor(destination)).flatten().tolist())
+    table = held.table(pool, torch.tensor([6, 1]))
+    own = pool.pages(torch.tensor([6, 1]))
+    for layer in range(NUM_LAYERS):
+        for head in range(NUM_HEADS):
+            n = int(counts[layer, head])
+            assert table[layer, head, :n].tolist() == held.pages[layer, head, :n].tolist()
+            assert table[layer, head, n : n + 2].tolist() == own[layer, head].tolist()
+
+
+def test_even_counts_stay_in_their_own_pages(pool: PagePool) -> None:
+    held = HeadPages.share(20, torch.full((NUM_LAYERS, NUM_HEADS), 2), pool, [4, 9])
+    assert torch.equal(held.pages, pool.pages(torch.tensor([4, 9])))
