@@ -229,6 +229,27 @@ def tables(report: dict[str, Any]) -> list[tuple[str, str]]:
     return made
 
 
+def merge_rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of both reports, the new ones in the place of the old ones of the same contender.
+
+    Raises:
+        ValueError: the reports asked other questions, so that their rows do not belong in one table.
+    """
+
+    def asked(report: dict[str, Any]) -> tuple[Any, ...]:
+        return report["suite"], report["model"], {_cell_of(row) for row in report["rows"]}
+
+    if asked(old) != asked(new):
+        raise ValueError("the report to add to has other questions (suite, model, tasks, lengths or protocols)")
+    contenders: dict[str, list[dict[str, Any]]] = {}
+    for report in (old, new):
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in report["rows"]:
+            rows.setdefault(json.dumps([row["method"], row["config"]], sort_keys=True), []).append(row)
+        contenders |= rows
+    return [row for rows in contenders.values() for row in rows]
+
+
 def _cell_of(row: dict[str, Any]) -> Cell:
     return Cell(row["task"], row["group"], row["protocol"], row["turns"])
 
@@ -268,6 +289,8 @@ def main() -> None:
         ]
     for _, table in tables(report):
         print(f"\n{table}")
+    if args.json is not None and args.json.exists():
+        report["rows"] = merge_rows(json.loads(args.json.read_text()), report)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.answers is not None:
@@ -306,7 +329,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--server-flag", action="append", default=[], help="one more flag of vllm serve; repeatable")
     parser.add_argument("--jobs", type=int, default=1, help="servers at once")
     parser.add_argument("--quick", action="store_true", help=f"the main lines in minutes: {QUICK}")
-    parser.add_argument("--json", type=Path, help="file for the report")
+    parser.add_argument("--json", type=Path, help="file for the report; contenders it has and that are not asked stay")
     parser.add_argument("--answers", type=Path, help="file for every single answer, one JSON object a line")
     args = parser.parse_args()
     if args.quick:

@@ -12,6 +12,7 @@ from benchmarks.quality import (
     Contender,
     Scored,
     make_rows,
+    merge_rows,
     require_compressed,
     score,
     tables,
@@ -208,3 +209,16 @@ def test_depth_is_where_the_needle_lies():
 def test_a_suite_of_published_data_asks_for_it(name):
     with pytest.raises(SuiteDataError, match="give the directory of its files with --data"):
         make_suite(name, None, [1024], None)
+
+
+def test_a_report_grows_by_contender() -> None:
+    def report(*rows: tuple[str, float]) -> dict:
+        cell = {"task": "niah", "group": "512", "protocol": "question", "turns": "1"}
+        made = [{"method": method, "config": {}, "mean": mean, **cell} for method, mean in rows]
+        return {"suite": "tiny", "model": "m", "rows": made}
+
+    old, new = report(("none", 0.9), ("snapkv", 0.5)), report(("none", 1.0), ("adakv", 0.7))
+    rows = merge_rows(old, new)
+    assert [(row["method"], row["mean"]) for row in rows] == [("none", 1.0), ("snapkv", 0.5), ("adakv", 0.7)]
+    with pytest.raises(ValueError, match="has other questions"):
+        merge_rows(old | {"model": "other"}, new)
