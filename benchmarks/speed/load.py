@@ -51,6 +51,11 @@ FASTKV = Setup("fastkv", "fastkv", {"retention_ratio": 0.1, "tsp_layer": 7, "tsp
 RETAINING = Setup("retention 1.0", "snapkv", {"retention_ratio": 1.0})
 CACHED = Setup("plain, prefix caching", engine={"enable_prefix_caching": True})
 CACHED_SNAPKV = Setup("snapkv, prefix caching", "snapkv", {"retention_ratio": 0.1}, {"enable_prefix_caching": True})
+ADAKV = Setup("adakv", "adakv", {"retention_ratio": 0.1})
+PYRAMIDKV = Setup("pyramidkv", "pyramidkv", {"retention_ratio": 0.1})
+EVEN_HEADS = Setup(
+    "snapkv, head by head", "snapkv", {"retention_ratio": 0.1, "head_budgets": "adaptive", "head_floor": 1.0}
+)
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 
 

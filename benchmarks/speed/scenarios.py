@@ -8,7 +8,21 @@ from typing import Any, get_args
 from benchmarks.child import run_in_child
 from benchmarks.models import LlamaShape
 from benchmarks.questions import CHECKPOINT
-from benchmarks.speed.load import CACHED, CACHED_SNAPKV, FASTKV, FP8, PLAIN, RETAINING, SNAPKV, UNLOADED, Load, Setup
+from benchmarks.speed.load import (
+    ADAKV,
+    CACHED,
+    CACHED_SNAPKV,
+    EVEN_HEADS,
+    FASTKV,
+    FP8,
+    PLAIN,
+    PYRAMIDKV,
+    RETAINING,
+    SNAPKV,
+    UNLOADED,
+    Load,
+    Setup,
+)
 from benchmarks.speed.serving import measure_server
 
 SHAPE = LlamaShape(max_position_embeddings=65536)
@@ -92,6 +106,12 @@ def _decode(quick: bool) -> dict[str, Case]:
     return {"decode": Case(_shape_of(load), load, (*METHODS, FP8))}
 
 
+def _ragged(quick: bool) -> dict[str, Case]:
+    load = Load(4, 1024, 16, 512) if quick else Load(4, 2048, 96)
+    setups = (PLAIN, SNAPKV, EVEN_HEADS, PYRAMIDKV, ADAKV)
+    return {"ragged": Case(_shape_of(load), load, setups, 1 if quick else 3)}
+
+
 def _tpot(quick: bool) -> dict[str, Case]:
     loads = [Load(4, 512, 16, 512)] if quick else [Load(4, 2048, 48), Load(4, 4096, 48)]
     return {f"tpot-{n.num_requests}x{n.prompt_tokens}": Case(_shape_of(n), n, (*METHODS, FP8)) for n in loads}
@@ -171,6 +191,13 @@ SCENARIOS = {
         ("step_ms", "step_ms ratio"),
         measure_engine,
         rows_of=("ttft", "decode"),
+    ),
+    "ragged": Scenario(
+        "Budgets by layer and head: what it costs to read head by head, and to score and move",
+        _ragged,
+        ("step_ms", "score_share", "compact_share", "blocks_after"),
+        ("step_ms", "step_ms ratio", "score_share", "compact_share", "blocks_after"),
+        measure_engine,
     ),
     "load": Scenario(
         "A server under load, a pool of fixed bytes",
