@@ -54,7 +54,9 @@ def prompt_blocks_held(server: Server, example: Example) -> int:
 
     Read from `/metrics` in the middle of a long answer: `vllm:kv_cache_usage_perc` times the pool's size
     (`vllm:cache_config_info`; one block is vLLM's null block). The server must have no other request, and must have
-    answered one before: its very first answer may be over before it finds time for a reading.
+    answered one before: its very first answer may be over before it finds time for a reading. On few cores only the
+    reading at the first token comes in time (while the engine decodes the server waits for a core), so the prompt
+    should end inside a block, not at its border.
 
     Raises:
         RuntimeError: the answer ended before a reading; blocks would be counted as free.
