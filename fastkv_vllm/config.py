@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
 from fastkv_vllm.kernels.window_scores import POOLINGS
@@ -33,6 +33,9 @@ class CompressionConfig:
         tsp_tokens: rows that go on, instead of tsp_ratio.
         window_size: last prompt tokens whose queries vote and that always stay.
         num_sink: first tokens that always stay; None: the method's own default.
+        recent_share: share of the kept entries that are the prompt's last tokens, [0, 1); None: the method's own.
+        value_norms: whether the L1 norm of an entry's value multiplies its score; None: the method's own.
+        decay: weight of a query's votes relative to the next one's, (0, 1], where all queries vote; None: the method's.
         kernel_size: width of the pooling over positions, odd.
         pooling: "max" (FastKV v3) or "avg" (v1, v2).
         layer_budgets: how layers share the budget, "uniform" or "pyramid"; None: the method's own.
@@ -52,6 +55,9 @@ class CompressionConfig:
     tsp_tokens: int | None = None
     window_size: int = 8
     num_sink: int | None = None
+    recent_share: float | None = None
+    value_norms: bool | None = None
+    decay: float | None = None
     kernel_size: int = 7
     pooling: str = "max"
     layer_budgets: str | None = None
@@ -78,11 +84,22 @@ class CompressionConfig:
         if not cls.propagates:
             for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
                 _check(getattr(self, name) is None, name, f"left out: {self.method} does not propagate rows", self)
-        _default(self, "num_sink", cls.default_num_sink)
+        for name in ("num_sink", "recent_share", "value_norms", "decay"):
+            _default(self, name, getattr(cls, f"default_{name}"))
+        _check(_is_number(self.recent_share) and 0 <= self.recent_share < 1, "recent_share", "in [0, 1)", self)
+        _check(isinstance(self.value_norms, bool), "value_norms", "true or false", self)
+        _check(not self.value_norms or cls.votes(), "value_norms", f"false: in {self.method} nobody votes", self)
+        if self.all_queries_vote:
+            _check(_is_number(self.decay) and 0 < self.decay <= 1, "decay", "in (0, 1]", self)
+        else:
+            _check(self.decay is None, "decay", f"left out: in {self.method} not all queries vote", self)
         for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS)):
             _default(self, name, getattr(cls, name))
             names = [UNIFORM, *known]
             _check(getattr(self, name) in names, name, f"one of {', '.join(names)}", self)
+        if cls.one_choice:
+            rule = f"uniform: in {self.method} all heads keep the same entries"
+            _check(self.head_budgets == UNIFORM, "head_budgets", rule, self)
         _check(_is_number(self.head_floor) and 0 <= self.head_floor <= 1, "head_floor", "in [0, 1]", self)
         if self.budget is None:
             _default(self, "retention_ratio", 0.1)
@@ -145,6 +162,11 @@ class CompressionConfig:
         """Whether late layers may see fewer rows than early ones."""
         return method_class(self.method).propagates and 1.0 not in (self.tsp_ratio, self.retention_ratio)
 
+    @property
+    def all_queries_vote(self) -> bool:
+        """Whether every query of a prompt must be computed: none may be skipped by a prefix-cache hit."""
+        return "column_sums" in method_class(self.method).needs
+
     def make_method(self) -> Method:
         """The configured method object."""
         return method_class(self.method)(
@@ -158,7 +180,7 @@ class CompressionConfig:
 
     def plan(self, num_tokens: int, block_size: int) -> PromptPlan | LeftAlone:
         """What stays of a prompt of `num_tokens` tokens."""
-        assert self.num_sink is not None, "filled in by __post_init__"
+        assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
         num_tsp = None
@@ -172,6 +194,7 @@ class CompressionConfig:
             window_size=self.window_size,
             num_sink=self.num_sink,
             min_tokens=self.min_tokens,
+            num_recent=int(num_kept * self.recent_share),
             is_ragged=self.make_allocator().is_ragged,
         )
 
@@ -196,7 +219,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return _is_int(value) or isinstance(value, float)
 
 

@@ -30,6 +30,9 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "tsp_tokens": None,
         "window_size": 8,
         "num_sink": 0,
+        "recent_share": 0.0,
+        "value_norms": False,
+        "decay": None,
         "kernel_size": 7,
         "pooling": "max",
         "layer_budgets": "uniform",
@@ -47,9 +50,48 @@ def test_default_tsp_layer(num_layers: int, expected: int) -> None:
 
 
 @EACH_METHOD
-def test_default_sinks_are_the_methods_own(method: str) -> None:
-    assert CompressionConfig(method).num_sink == method_class(method).default_num_sink
+def test_defaults_of_a_method_are_its_own(method: str) -> None:
+    config, cls = CompressionConfig(method), method_class(method)
+    for name in ("num_sink", "recent_share", "value_norms", "decay"):
+        assert getattr(config, name) == getattr(cls, f"default_{name}")
     assert CompressionConfig(method, num_sink=9).num_sink == 9
+    assert CompressionConfig(method, recent_share=0.25).recent_share == 0.25
+
+
+def test_defaults_that_differ() -> None:
+    assert CompressionConfig("h2o").recent_share == CompressionConfig("a2sf").recent_share == 0.5
+    assert [CompressionConfig(name).decay for name in ("h2o", "a2sf", "snapkv")] == [1.0, 0.95, None]
+    assert CompressionConfig("vatp").value_norms and CompressionConfig("vatp").num_sink == 20
+    assert [CompressionConfig(name).all_queries_vote for name in ("h2o", "a2sf", "snapkv")] == [True, True, False]
+
+
+def test_recent_tokens_are_a_share_of_the_budget() -> None:
+    plan = CompressionConfig("h2o", retention_ratio=0.2).plan(2000, 32)
+    assert isinstance(plan, PromptPlan) and plan.num_recent == 200
+    window = CompressionConfig("h2o", retention_ratio=0.2, window_size=250).plan(2000, 32)
+    assert isinstance(window, PromptPlan) and window.num_recent == 250
+
+
+@pytest.mark.parametrize(
+    ("method", "mapping", "message"),
+    [
+        ("snapkv", {"decay": 0.9}, "decay must be left out: in snapkv not all queries vote; got 0.9"),
+        ("a2sf", {"decay": 0}, r"decay must be in \(0, 1\]; got 0"),
+        ("h2o", {"decay": 1.1}, r"decay must be in \(0, 1\]; got 1.1"),
+        ("h2o", {"recent_share": 1}, r"recent_share must be in \[0, 1\); got 1"),
+        ("h2o", {"recent_share": True}, r"recent_share must be in \[0, 1\); got True"),
+        ("snapkv", {"value_norms": 1}, "value_norms must be true or false; got 1"),
+        ("streamingllm", {"value_norms": True}, "value_norms must be false: in streamingllm nobody votes; got True"),
+        (
+            "tova",
+            {"head_budgets": "adaptive"},
+            "head_budgets must be uniform: in tova all heads keep the same entries; got 'adaptive'",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_method(method: str, mapping: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^kv_compression_config: {message}$"):
+        CompressionConfig.from_mapping(method, mapping)
 
 
 def test_default_tsp_ratio_never_undercuts_retention() -> None:
@@ -75,8 +117,8 @@ def test_only_a_mapping_is_taken(mapping: object) -> None:
 
 
 def test_unknown_method_lists_names() -> None:
-    with pytest.raises(ValueError, match=f"'h2o'; known: {', '.join(method_names())}"):
-        CompressionConfig("h2o")
+    with pytest.raises(ValueError, match=f"'h3o'; known: {', '.join(method_names())}"):
+        CompressionConfig("h3o")
 
 
 RATIOS = [0, 0.0, -0.1, 1.0000001, 2, math.nan, math.inf, "0.1", True, [0.1]]
@@ -104,6 +146,9 @@ BAD = [
     *[("head_budgets", value, "one of uniform, adaptive") for value in ("pyramid", 1.0)],
     *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
     *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
+    *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],
+    *[("value_norms", value, "true or false") for value in (0, 1, "true")],
+    *[("decay", value, "left out: in fastkv not all queries vote") for value in (1.0, "1")],
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
 ]
 
@@ -217,6 +262,6 @@ def test_method_gets_its_fields(method: str) -> None:
 def test_plan_turns_ratios_and_counts_into_entries() -> None:
     ratio = make(retention_ratio=0.1, tsp_ratio=0.5).plan(1280, 32)
     counts = make(budget=128, tsp_tokens=640).plan(1280, 32)
-    assert ratio == counts == PromptPlan(1280, 32, num_pages=4, num_tsp=640, window_size=8, num_sink=0)
-    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, None, 8, 4)
+    assert ratio == counts == PromptPlan(1280, 32, num_pages=4, num_tsp=640, window_size=8, num_sink=0, num_recent=8)
+    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, None, 8, 4, 8)
     assert make().plan(511, 32) is LeftAlone.SHORT

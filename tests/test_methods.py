@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.select import select
-from fastkv_vllm.methods import Method, method_class, method_names, register
+from fastkv_vllm.methods import Method, add_heads, method_class, method_names, register
 
 WINDOW, HEADS, GROUP, HEAD_DIM = 8, 2, 4, 64
 EACH_METHOD = pytest.mark.parametrize("name", method_names())
+ONE_CHOICE = [name for name in method_names() if method_class(name).one_choice]
+WINDOW_METHODS = [name for name in method_names() if "queries" in method_class(name).needs and name not in ONE_CHOICE]
 PROPAGATING = [name for name in method_names() if method_class(name).propagates]
 
 
@@ -27,6 +29,7 @@ def make_inputs(num_tokens: int) -> dict[str, Tensor]:
         "queries": torch.randn(WINDOW, HEADS * GROUP, HEAD_DIM, generator=generator) * HEAD_DIM**-0.5,
         "keys": torch.randn(HEADS, num_tokens, HEAD_DIM, generator=generator),
         "positions": torch.arange(num_tokens),
+        "column_sums": torch.rand(HEADS, num_tokens, generator=generator),
     }
 
 
@@ -42,7 +45,7 @@ def force(scores: Tensor, num_sink: int) -> Tensor:
 
 
 def test_the_registry_names_the_published_systems() -> None:
-    assert set(method_names()) >= {"fastkv", "snapkv", "streamingllm"}
+    assert set(method_names()) >= {"fastkv", "snapkv", "streamingllm", "h2o", "tova", "vatp", "a2sf"}
     assert len(set(method_names())) == len(method_names())
     assert PROPAGATING == ["fastkv"]
 
@@ -103,7 +106,7 @@ def test_full_budget_is_identity(name: str) -> None:
     assert select(scores, 97).tolist() == [list(range(97))] * len(scores)
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if "queries" in method_class(name).needs])
+@pytest.mark.parametrize("name", WINDOW_METHODS)
 def test_a_key_the_window_looks_for_stays(name: str) -> None:
     """Planted in one KV head, it stays there, with its pooled neighbours, and not in the other."""
     inputs = make_inputs(211)
@@ -125,6 +128,24 @@ def test_streamingllm_keeps_sinks_and_the_most_recent(num_tokens: int) -> None:
 def test_streamingllm_follows_positions_not_columns() -> None:
     positions = torch.tensor([0, 5, 9, 40, 1000])
     assert score("streamingllm", {"positions": positions}).tolist() == [[0.0, 5.0, 9.0, 40.0, 1000.0]]
+
+
+def test_tova_asks_the_last_query_only() -> None:
+    inputs = make_inputs(211)
+    first = score("tova", inputs)
+    inputs["queries"] = torch.cat([torch.randn(WINDOW - 1, HEADS * GROUP, HEAD_DIM), inputs["queries"][-1:]])
+    assert torch.equal(score("tova", inputs), first)
+    logits = torch.einsum("hgd,hnd->hgn", inputs["queries"][-1].view(HEADS, GROUP, HEAD_DIM), inputs["keys"])
+    expected = logits.softmax(dim=-1).sum(dim=1)
+    torch.testing.assert_close(first[:, :-1], expected[:, :-1])
+
+
+def test_heads_are_added_term_by_term() -> None:
+    scores = torch.rand(7, 33)
+    expected = scores[0].clone()
+    for head in scores[1:]:
+        expected += head
+    assert torch.equal(add_heads(scores), expected)
 
 
 def test_snapkv_and_fastkv_rate_entries_alike() -> None:
@@ -152,8 +173,8 @@ def test_others_do_not_propagate(name: str) -> None:
 
 
 def test_unknown_name_lists_names() -> None:
-    with pytest.raises(ValueError, match=f"unknown compression method 'h2o'; known: {', '.join(method_names())}$"):
-        method_class("h2o")
+    with pytest.raises(ValueError, match=f"unknown compression method 'h3o'; known: {', '.join(method_names())}$"):
+        method_class("h3o")
 
 
 def test_duplicate_name_is_refused_and_changes_nothing() -> None:

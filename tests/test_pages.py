@@ -85,7 +85,7 @@ def test_every_entry_is_read_where_vllm_wrote_it(head_dim: int, block_size: int,
 
 
 @EACH_SHAPE
-def test_read_keys(head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
+def test_read_keys_and_values(head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
     """Counts: one, a block and its neighbours, a prime, all; blocks in any order."""
     cache = Cache(head_dim, block_size, dtype, isa)
     cache.fill()
@@ -93,8 +93,12 @@ def test_read_keys(head_dim: int, block_size: int, dtype: torch.dtype, isa: str)
     slots = (blocks.unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
     for count in (1, block_size - 1, block_size, block_size + 1, 97, 4 * block_size):
         needed = blocks[: -(-count // block_size)]
-        found = cache.layout.read_keys(cache.pages, needed, count)
-        check_same(found, cache.keys[slots[:count]].transpose(0, 1), "[head, entry, element]")
+        keys, values = (
+            cache.layout.read_keys(cache.pages, needed, count),
+            cache.layout.read_values(cache.pages, blocks, count),
+        )
+        check_same(keys, cache.keys[slots[:count]].transpose(0, 1), "key [head, entry, element]")
+        check_same(values, cache.values[slots[:count]].transpose(0, 1), "value [head, entry, element]")
 
 
 @EACH_SHAPE

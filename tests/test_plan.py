@@ -27,6 +27,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         "num_tsp": draw(st.one_of(st.none(), st.integers(0, num_tokens + 1))),
         "window_size": window_size,
         "num_sink": draw(st.integers(0, 40)),
+        "num_recent": draw(st.integers(0, num_tokens)),
         "min_tokens": draw(st.integers(window_size + 1, 600)),
     }
 
@@ -37,25 +38,25 @@ def plan_of(arguments: dict[str, Any]) -> PromptPlan:
     return plan
 
 
-def pages_forced(num_tokens: int, block_size: int, window_size: int, num_sink: int) -> int:
-    """Whole pages that hold sinks, one rated entry and the part of the window that is not in the tail; counted."""
+def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: int) -> int:
+    """Whole pages that hold sinks, one rated entry and the recent ones that are not in the tail; counted."""
     tail_from = num_tokens - num_tokens % block_size
-    forced = [p for p in range(tail_from) if p < num_sink or p >= num_tokens - window_size]
+    forced = [p for p in range(tail_from) if p < num_sink or p >= num_tokens - num_recent]
     return ceil((len(forced) + 1) / block_size)
 
 
 def check_plan(plan: PromptPlan, num_kept: int, num_tsp: int | None) -> None:
     """All that holds for a prompt that is compressed."""
     held = plan.num_pages + (plan.num_tail > 0)
-    forced = pages_forced(plan.num_tokens, plan.block_size, plan.window_size, plan.num_sink)
+    forced = pages_forced(plan.num_tokens, plan.block_size, plan.num_recent, plan.num_sink)
     assert held == max(ceil(num_kept / plan.block_size), forced + (plan.num_tail > 0))
     assert plan.num_freed_blocks >= 1
     assert plan.num_freed_blocks + held == ceil(plan.num_tokens / plan.block_size)
     assert plan.num_tail < plan.block_size
     assert plan.num_whole_blocks * plan.block_size + plan.num_tail == plan.num_tokens
     assert plan.num_kept == plan.num_pages * plan.block_size + plan.num_tail < plan.num_tokens
-    assert plan.num_sink + max(plan.window_size, plan.num_tail) < plan.num_kept
-    assert plan.num_sink < plan.forced_from <= plan.num_tokens - plan.window_size
+    assert plan.num_sink + max(plan.num_recent, plan.num_tail) < plan.num_kept
+    assert plan.num_sink < plan.forced_from <= plan.num_tokens - plan.num_recent <= plan.num_tokens - plan.window_size
     assert plan.forced_from <= plan.num_tokens - plan.num_tail
     assert plan.num_sink + plan.num_tokens - plan.forced_from < plan.num_kept, "nothing is left to choose"
     if num_tsp is None:
@@ -70,7 +71,9 @@ def check_plan(plan: PromptPlan, num_kept: int, num_tsp: int | None) -> None:
 @given(arguments())
 @settings(max_examples=400, derandomize=True, deadline=None)
 def test_plans(arguments: dict[str, Any]) -> None:
-    check_plan(plan_of(arguments), arguments["num_kept"], arguments["num_tsp"])
+    plan = plan_of(arguments)
+    check_plan(plan, arguments["num_kept"], arguments["num_tsp"])
+    assert plan.num_recent == max(arguments["num_recent"], arguments["window_size"])
 
 
 @given(arguments())
@@ -81,7 +84,9 @@ def test_a_prompt_is_left_alone_for_a_reason(arguments: dict[str, Any]) -> None:
     assert (plan is LeftAlone.SHORT) == (num_tokens < arguments["min_tokens"])
     if plan is LeftAlone.BUDGET_COVERS_PROMPT:
         plain = ceil(num_tokens / block_size)
-        forced = pages_forced(num_tokens, block_size, arguments["window_size"], arguments["num_sink"])
+        forced = pages_forced(
+            num_tokens, block_size, max(arguments["window_size"], arguments["num_recent"]), arguments["num_sink"]
+        )
         covered = ceil(arguments["num_kept"] / block_size) >= plain
         assert covered or forced >= num_tokens // block_size, "a block could have been freed"
 
@@ -163,7 +168,7 @@ def test_a_plan_by_hand() -> None:
     """1000 tokens in blocks of 32: 31 whole ones and a tail of 8, which is the window."""
     config = CompressionConfig("fastkv", retention_ratio=0.1)
     plan = config.plan(1000, 32)
-    assert plan == PromptPlan(1000, 32, num_pages=3, num_tsp=200, window_size=8, num_sink=0)
+    assert plan == PromptPlan(1000, 32, num_pages=3, num_tsp=200, window_size=8, num_sink=0, num_recent=8)
     assert (plan.num_whole_blocks, plan.num_tail, plan.forced_from) == (31, 8, 992)
     assert (plan.num_moved, plan.num_kept, plan.num_freed_blocks) == (96, 104, 28)
     assert [plan.peak_tokens(n) for n in (1, 1000, 1001, 1895, 1897)] == [1, 1000, 1000, 1000, 1001]

@@ -288,7 +288,8 @@ def prefill_and_drop(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "h2o"}, "method must be"),
+        ({"method": "h3o"}, "method must be"),
+        ({"method": "h2o"}, "decay goes with h2o or a2sf"),
         ({"pooling": "min"}, "pooling must be"),
         ({"kernel_size": 4}, "must be odd"),
         ({"tsp_layer": 3}, "go together"),

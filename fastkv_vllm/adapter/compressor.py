@@ -12,7 +12,9 @@ from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.kernels.column_sums import column_sums
 from fastkv_vllm.kernels.select import select, select_ragged
+from fastkv_vllm.methods import add_heads
 
 _Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
@@ -32,6 +34,7 @@ class Compressor:
         held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
         windows: (request, layer) -> window queries by position, [W, Hq, D].
+        sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
         stash: request -> residual rows after the TSP layer by position, [P, hidden].
         selected: request -> rows chosen at the TSP layer in this step, ascending positions.
         stats: figures of the current step.
@@ -42,6 +45,7 @@ class Compressor:
         self.method = config.make_method()
         self.tsp_layer = config.tsp_layer if config.uses_tsp else None
         self.windows: dict[tuple[str, int], torch.Tensor] = {}
+        self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.stash: dict[str, torch.Tensor] = {}
         self.selected: dict[str, torch.Tensor] = {}
         self.stats = WorkerStats()
@@ -74,6 +78,7 @@ class Compressor:
         """Drop what is held for requests other than those whose prompt goes on and those with compressed pages."""
         self.held = {rid: pages for rid, pages in self.held.items() if rid in compressed}
         self.windows = {key: q for key, q in self.windows.items() if key[0] in partial}
+        self.sums = {key: sums for key, sums in self.sums.items() if key[0] in partial}
         self.stash = {rid: rows for rid, rows in self.stash.items() if rid in partial}
 
     def take_stats(self) -> WorkerStats:
@@ -108,14 +113,14 @@ class Compressor:
         layout = self.layout
         assert layout is not None, "use_cache came first"
         for prefill in prefills:
-            if prefill.destination is None:
-                self._keep_window(prefill, layer, query)
-                continue
             with self._timed("score_us"):
-                keys = key[prefill.rows].transpose(0, 1)
-                if prefill.start and "keys" in self.method.needs:
-                    keys = layout.read_keys(kv_cache, prefill.blocks, prefill.plan.num_tokens)
-                scores = self._scores(prefill, layer, query, keys, scale)
+                inputs = self._inputs(prefill, layer, scale, query, key, kv_cache)
+                if prefill.destination is None:
+                    continue
+                scores = self.method.score(**inputs)
+                if self.config.value_norms:
+                    scores = scores * self._value_norms(prefill, value, kv_cache)
+                scores = self._settle(prefill, layer, scores)
                 scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
                 if prefill.plan.is_ragged:
                     self.scored.setdefault(prefill.request_id, []).append(scores)
@@ -197,19 +202,70 @@ class Compressor:
             return rows
         return torch.cat([self.windows[prefill.request_id, layer][:missing], rows])
 
-    def _scores(
-        self, prefill: PrefillRows, layer: int, query: torch.Tensor, keys: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Scores [H or 1, n] with forced entries at +inf; at the TSP layer the rows that go on are chosen too."""
-        positions = self.selected[prefill.request_id] if prefill.late else torch.arange(prefill.plan.num_tokens)
-        inputs = {"keys": keys, "positions": positions}
-        if "queries" in self.method.needs:
+    def _inputs(
+        self,
+        prefill: PrefillRows,
+        layer: int,
+        scale: float,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        kv_cache: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """What the method's `score` takes, or nothing where the prompt goes on: what it will need is kept."""
+        needs, ends = self.method.needs, prefill.destination is not None
+        inputs = {}
+        if "queries" in needs and not ends:
+            self._keep_window(prefill, layer, query)
+        if "column_sums" in needs or (ends and "keys" in needs):
+            keys = key[prefill.rows].transpose(0, 1)
+            if prefill.start:
+                assert self.layout is not None, "use_cache came first"
+                keys = self.layout.read_keys(kv_cache, prefill.blocks, prefill.start + prefill.count)
+            inputs["keys"] = keys
+        if "column_sums" in needs:
+            inputs["column_sums"] = self._add_up(prefill, layer, query * scale, inputs["keys"])
+        if not ends:
+            return {}
+        inputs["positions"] = self._positions(prefill)
+        if "queries" in needs:
             inputs["queries"] = self._window_queries(prefill, layer, query) * scale
-        scores = self.method.score(**{name: inputs[name] for name in self.method.needs})
+        return {name: inputs[name] for name in needs}
+
+    def _add_up(self, prefill: PrefillRows, layer: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""
+        decay = self.config.decay
+        assert decay is not None, "filled in by CompressionConfig"
+        sums = column_sums(query[prefill.rows], keys, start=prefill.start, decay=decay)
+        if prefill.start:
+            before = self.sums[prefill.request_id, layer]
+            assert before.shape[1] == prefill.start, "every query of the prompt is computed, in order"
+            sums[:, : prefill.start] += decay**prefill.count * before
+        self.sums[prefill.request_id, layer] = sums
+        return sums
+
+    def _value_norms(self, prefill: PrefillRows, value: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        """L1 norms of the values of all entries, [H, n] float32."""
+        values = value[prefill.rows].transpose(0, 1)
+        if prefill.start:
+            assert self.layout is not None, "use_cache came first"
+            values = self.layout.read_values(kv_cache, prefill.blocks, prefill.plan.num_tokens)
+        return values.float().abs().sum(dim=-1)
+
+    def _positions(self, prefill: PrefillRows) -> torch.Tensor:
+        """Positions of the entries a layer sees, [n] int64."""
+        return self.selected[prefill.request_id] if prefill.late else torch.arange(prefill.plan.num_tokens)
+
+    def _settle(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [H or 1, n] with forced entries at +inf; at the TSP layer the rows that go on are chosen too.
+
+        Ranks hold some of the heads each. Where all must choose alike, scores are added over ranks too; the reduction
+        is in place and the sum over a rank's only head is that head's scores: hence the copies.
+        """
+        positions = self._positions(prefill)
         forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
+        if self.method.one_choice:
+            scores = tensor_model_parallel_all_reduce(add_heads(scores).clone()).unsqueeze(0)
         if layer == self.tsp_layer and prefill.plan.num_tsp is not None:
-            # Ranks hold some of the heads each: all must choose the same rows. The reduction is in place, the rating
-            # of a rank's only head is that head's scores: hence the copy.
             rating = tensor_model_parallel_all_reduce(self.method.propagation_scores(scores).clone())
             rating = rating.masked_fill(forced, float("inf"))
             self.selected[prefill.request_id] = select(rating.unsqueeze(0), prefill.plan.num_tsp)[0]

@@ -118,6 +118,12 @@ CONFLICTS = (
         concerns=lambda config: config.uses_tsp,
     ),
     Conflict(
+        "every query of a prompt computed, since all of them vote",
+        lambda c: _unless(not c.cache_config.enable_prefix_caching, "prefix caching, which would skip some"),
+        "drop --enable-prefix-caching",
+        concerns=lambda config: config.all_queries_vote,
+    ),
+    Conflict(
         "all KV heads on one rank to share a layer's budget among them",
         _parallel("tensor_parallel_size"),
         'use --tensor-parallel-size 1 or set "head_budgets": "uniform"',

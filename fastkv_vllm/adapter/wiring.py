@@ -50,7 +50,7 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
             f"for V2; unset {_RUNNER_VARIABLE}"
         )
     os.environ[_RUNNER_VARIABLE] = _RUNNER_V1
-    if config.uses_tsp and args.enable_prefix_caching is None:
+    if (config.uses_tsp or config.all_queries_vote) and args.enable_prefix_caching is None:
         args.enable_prefix_caching = False
     return config
 

@@ -6,7 +6,7 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 |--------------------------------|---------|-----------------------------------------------------|
 | [0, num_sink)                  | sinks   | always stay                                         |
 | [num_sink, forced_from)        | rated   | the best of them fill the remaining places          |
-| [forced_from, P)               | forced  | window and block tail: always stay, always propagate|
+| [forced_from, P)               | forced  | window, recent, block tail: stay, always propagate  |
 | [m * block_size, P), in forced | tail    | never moved: it lies in the last, partial block     |
 """
 
@@ -34,6 +34,7 @@ class PromptPlan:
         num_tsp: rows that go on after the TSP layer, forced ones included; None: all of them.
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
+        num_recent: last tokens that always stay, the window among them.
         is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean.
     """
 
@@ -43,6 +44,7 @@ class PromptPlan:
     num_tsp: int | None
     window_size: int
     num_sink: int
+    num_recent: int
     is_ragged: bool = False
 
     @property
@@ -56,13 +58,13 @@ class PromptPlan:
 
     @property
     def forced_from(self) -> int:
-        """First position of the window or of the tail, whichever comes first."""
-        return min(self.num_tokens - self.window_size, self.num_whole_blocks * self.block_size)
+        """First position of the recent tokens or of the tail, whichever comes first."""
+        return min(self.num_tokens - self.num_recent, self.num_whole_blocks * self.block_size)
 
     @property
     def least_pages(self) -> int:
-        """Least pages of any (layer, KV head): sinks, the window before the tail, and room for a choice."""
-        forced = self.num_sink + max(self.window_size - self.num_tail, 0)
+        """Least pages of any (layer, KV head): sinks, recent ones before the tail, and room for a choice."""
+        forced = self.num_sink + max(self.num_recent - self.num_tail, 0)
         return -(-(forced + 1) // self.block_size)
 
     @property
@@ -113,13 +115,14 @@ def plan_prompt(
     window_size: int,
     num_sink: int,
     min_tokens: int,
+    num_recent: int = 0,
     is_ragged: bool = False,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
     Blocks held after the prompt are ceil(num_kept / block_size), one of them the partial tail block if there is
     one, so that a request never holds a block more than its budget; entries kept are within block_size - 1 of
-    num_kept. Only forced entries raise it: sinks and window always find room.
+    num_kept. Only forced entries raise it: sinks, window and recent ones always find room.
 
     Args:
         num_tokens: tokens of the prompt.
@@ -129,13 +132,23 @@ def plan_prompt(
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
         min_tokens: prompts below this are left alone; more than window_size.
+        num_recent: last tokens that always stay, if more than the window; below num_kept.
         is_ragged: layers and KV heads share the pages unevenly.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
     whole, tail = divmod(num_tokens, block_size)
     held = -(-num_kept // block_size)
-    plan = PromptPlan(num_tokens, block_size, held - (tail > 0), num_tsp, window_size, num_sink, is_ragged)
+    plan = PromptPlan(
+        num_tokens,
+        block_size,
+        held - (tail > 0),
+        num_tsp,
+        window_size,
+        num_sink,
+        max(window_size, num_recent),
+        is_ragged,
+    )
     num_pages = max(plan.num_pages, plan.least_pages)
     if num_pages >= whole:
         return LeftAlone.BUDGET_COVERS_PROMPT

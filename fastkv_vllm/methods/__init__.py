@@ -1,18 +1,26 @@
 """Compression methods, one file each; importing this package fills the registry."""
 
+from fastkv_vllm.methods.a2sf import A2SF
 from fastkv_vllm.methods.adakv import AdaKV
-from fastkv_vllm.methods.base import Method
+from fastkv_vllm.methods.base import Method, add_heads
 from fastkv_vllm.methods.budgets import HEAD_BUDGETS, LAYER_BUDGETS, UNIFORM, Allocator, BudgetOptions
 from fastkv_vllm.methods.fastkv import FastKV
+from fastkv_vllm.methods.h2o import H2O
 from fastkv_vllm.methods.pyramidkv import PyramidKV
 from fastkv_vllm.methods.registry import method_class, method_names, register
 from fastkv_vllm.methods.snapkv import SnapKV
 from fastkv_vllm.methods.streamingllm import StreamingLLM
+from fastkv_vllm.methods.tova import TOVA
+from fastkv_vllm.methods.vatp import VATP
 
 __all__ = [
+    "A2SF",
+    "H2O",
     "HEAD_BUDGETS",
     "LAYER_BUDGETS",
+    "TOVA",
     "UNIFORM",
+    "VATP",
     "AdaKV",
     "Allocator",
     "BudgetOptions",
@@ -21,6 +29,7 @@ __all__ = [
     "PyramidKV",
     "SnapKV",
     "StreamingLLM",
+    "add_heads",
     "method_class",
     "method_names",
     "register",

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -19,9 +20,11 @@ class Method(ABC):
 
     Class attributes (declared, never inferred; tables, help and conflict checks are derived from them):
         source: paper and section the arithmetic follows.
-        needs: names of the inputs of `score`, out of "queries", "keys", "positions".
+        needs: names of the inputs of `score`, out of "queries", "keys", "positions", "column_sums".
         propagates: the method also chooses the rows that go on after the TSP layer.
-        default_num_sink: first tokens that always stay, when the configuration does not say.
+        one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
+        default_num_sink, default_recent_share, default_value_norms, default_decay: the fields of CompressionConfig
+            without `default_`, when the configuration does not say.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
     Fields:
@@ -33,13 +36,22 @@ class Method(ABC):
     source: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     propagates: ClassVar[bool] = False
+    one_choice: ClassVar[bool] = False
     default_num_sink: ClassVar[int] = 0
+    default_recent_share: ClassVar[float] = 0.0
+    default_value_norms: ClassVar[bool] = False
+    default_decay: ClassVar[float | None] = None
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 
     window_size: int
     kernel_size: int
     pooling: str
+
+    @classmethod
+    def votes(cls) -> bool:
+        """Whether queries rate the entries."""
+        return bool({"queries", "column_sums"} & set(cls.needs))
 
     @abstractmethod
     def score(self, **inputs: torch.Tensor) -> torch.Tensor:
@@ -49,6 +61,8 @@ class Method(ABC):
             queries: roped and scaled queries of the window, [W, Hq, D].
             keys: roped keys, [H, N, D].
             positions: positions of the entries in the text, [N], int64.
+            column_sums: attention each entry got from all queries up to the last, [H, N] float32, see
+                `kernels.column_sums`.
 
         Returns:
             Scores [H, N] float32, or [1, N] where all heads agree. The last W columns are the window's own;
@@ -58,3 +72,8 @@ class Method(ABC):
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Rating [N] of whole rows at the TSP layer, from that layer's `score` [H, N] (this rank's heads)."""
         raise TypeError(f"{type(self).__name__} does not propagate rows")
+
+
+def add_heads(scores: torch.Tensor) -> torch.Tensor:
+    """Sum over heads, [H, N] -> [N], term by term: exact ties stay exact."""
+    return reduce(torch.add, scores.unbind(dim=0))

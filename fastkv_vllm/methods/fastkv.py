@@ -1,13 +1,12 @@
 """FastKV: SnapKV's vote for the cache, and the same vote once more for the rows late layers see."""
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import ClassVar
 
 import torch
 
 from fastkv_vllm.kernels.window_scores import window_scores
-from fastkv_vllm.methods.base import Method
+from fastkv_vllm.methods.base import Method, add_heads
 from fastkv_vllm.methods.registry import register
 
 
@@ -32,4 +31,4 @@ class FastKV(Method):
         return window_scores(queries, keys, kernel_size=self.kernel_size, pooling=self.pooling)
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        return reduce(torch.add, scores.unbind(dim=0))  # term by term: exact ties stay exact
+        return add_heads(scores)

@@ -201,7 +201,7 @@ class Engine:
         }
         assert not left, f"left in the manager: {left}"
         if self.core.vllm_config.parallel_config.world_size == 1:
-            held = {name: list(getattr(self.compressor, name)) for name in ("windows", "stash", "selected")}
+            held = {name: list(getattr(self.compressor, name)) for name in ("windows", "sums", "stash", "selected")}
             assert not any(held.values()), f"left in the worker: {held}"
 
     def _counts(self) -> tuple[int, int, int]:

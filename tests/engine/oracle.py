@@ -47,6 +47,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
         head_budgets=config.head_budgets,
         pyramid_beta=config.pyramid_beta,
         head_floor=config.head_floor,
+        decay=config.decay,
+        value_norms=config.value_norms,
     )
 
 

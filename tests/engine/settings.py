@@ -4,7 +4,14 @@ from tests.engine.oracle import make_prompts
 
 SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
 TSP = SMALL | {"tsp_layer": 3, "tsp_ratio": 0.3}
-METHODS = {"fastkv": TSP, "snapkv": SMALL, "streamingllm": SMALL}
+METHODS = {
+    "fastkv": TSP,
+    "snapkv": SMALL,
+    "streamingllm": SMALL,
+    "tova": SMALL,
+    "vatp": SMALL | {"num_sink": 5},
+    "h2o": SMALL,
+}
 # Name -> method and configuration with budgets that differ by layer, by head, by both, and after a cut.
 RAGGED = {
     "pyramidkv": ("pyramidkv", SMALL),

@@ -13,6 +13,10 @@ ENGINES = {
     "snapkv-max": ("snapkv", SMALL),
     "snapkv-avg": ("snapkv", SMALL | {"pooling": "avg", "num_sink": 3}),
     "streamingllm": ("streamingllm", SMALL),
+    "tova": ("tova", SMALL),
+    "vatp": ("vatp", SMALL),
+    "h2o": ("h2o", SMALL),
+    "a2sf": ("a2sf", SMALL),
 }
 LENGTHS = (700, 704, 1001)  # a tail longer than the window, none, one inside the window
 

@@ -5,7 +5,7 @@ import pytest
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts
 from tests.engine.settings import SMALL
 
-METHODS = ("snapkv", "streamingllm")
+METHODS = ("snapkv", "streamingllm", "vatp")
 
 
 @pytest.fixture(params=METHODS, scope="module")

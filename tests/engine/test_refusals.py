@@ -41,6 +41,10 @@ REFUSED = {
         {"enable_prefix_caching": True, "kv_compression": "fastkv"},
         "late layers free of most prompt tokens (token-selective propagation) and got prefix caching",
     ),
+    "all-queries": (
+        {"enable_prefix_caching": True, "kv_compression": "h2o"},
+        "every query of a prompt computed, since all of them vote and got prefix caching",
+    ),
     "ranks": (
         {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "kv_compression": "adakv"},
         "all KV heads on one rank to share a layer's budget among them and got tensor_parallel size 2",
@@ -67,7 +71,7 @@ def test_a_conflict_is_refused(checkpoint, name):
     with pytest.raises(ValueError) as error:
         configure(checkpoint, **arguments)
     head, *lines = str(error.value).splitlines()
-    assert re.fullmatch("--kv-compression (snapkv|fastkv|adakv) cannot run:", head)
+    assert re.fullmatch("--kv-compression (snapkv|fastkv|adakv|h2o) cannot run:", head)
     assert len(lines) == 1 and lines[0].startswith(f"- it needs {sentence}") and "; " in lines[0], lines
 
 

@@ -15,6 +15,9 @@ VARIANTS = {
     "fastkv-last": ("fastkv", TSP | {"tsp_layer": 6}),
     "fastkv-window": ("fastkv", TSP | {"window_size": 45}),
     "fastkv-tightest": ("fastkv", SMALL | {"tsp_layer": 3, "tsp_ratio": 0.2}),
+    "fastkv-value-norms": ("fastkv", TSP | {"value_norms": True, "num_sink": 2, "recent_share": 0.3}),
+    "a2sf-decay": ("a2sf", SMALL | {"decay": 0.8}),
+    "a2sf-recent": ("a2sf", SMALL | {"recent_share": 0.0}),
     "fastkv-without-tsp": ("fastkv", SMALL | {"tsp_ratio": 1.0}),
 }
 
@@ -30,5 +33,5 @@ def test_mixed_requests(start, variant):
 
 def _default_drop(config, method, num_tokens):
     """What the method's main test configuration drops."""
-    main = type(config)(method=method, **METHODS[method])
+    main = type(config)(method=method, **METHODS.get(method, SMALL))
     return drop_of(main, num_tokens)

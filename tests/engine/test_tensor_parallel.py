@@ -16,7 +16,7 @@ from tests.engine.test_kept import positions_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fastkv", "snapkv"])
+@pytest.mark.parametrize("method", ["fastkv", "snapkv", "tova", "h2o"])
 def test_two_ranks_agree_with_one(start, checkpoint, method):
     """The subprocess has checked the mixed batch against the reference, in chunks, too."""
     two = run_on_two_ranks(checkpoint, method)

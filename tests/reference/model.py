@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.reference.budgets
+from tests.reference.scores import all_query_scores, last_query_scores, value_norms
 from tests.reference.selection import Drop, select_positions, window_scores
 
 
@@ -117,7 +118,7 @@ class ReferenceModel:
             layers.append(_Layer(weights, list(keys), list(values)))
             seen.append(positions)
             if drop is not None:
-                rated.append(_score(queries, keys, positions, drop))
+                rated.append(_score(queries, keys, values, positions, drop))
                 if index == drop.tsp_layer:
                     positions = tsp_indices = _select(sum(rated[-1]), positions, drop.num_tsp, drop)
                     hidden = hidden[tsp_indices]  # up to here all rows are present: a row's index is its position
@@ -209,11 +210,17 @@ def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
-def _score(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tensor:
+def _score(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, drop: Drop) -> Tensor:
     """Importance of the rows, [H, n or n - window_size]; without scores, how late a row is."""
-    if drop.has_scores:
-        return window_scores(queries, keys, drop)
-    return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
+    if drop.method == "streamingllm":
+        return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
+    if drop.method == "tova":
+        scores = last_query_scores(queries, keys).expand(keys.shape[0], -1)
+    elif drop.decay is not None:
+        scores = all_query_scores(queries, keys, drop.decay)
+    else:
+        scores = window_scores(queries, keys, drop)
+    return scores * value_norms(values)[:, : scores.shape[1]] if drop.value_norms else scores
 
 
 def _select(scores: Tensor, positions: Tensor, count: int, drop: Drop) -> Tensor:

@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv")
+_WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp")
+_ALL_QUERY_METHODS = ("h2o", "a2sf")
+_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, "tova", "streamingllm")
 
 
 @dataclass(frozen=True)
 class Drop:
     """Which entries a method drops at the end of the prompt.
 
-    method: "streamingllm" (the most recent stay); all others: the last window_size queries vote.
+    method: "streamingllm" (the most recent stay), "tova" (the last query votes, once for all heads), "h2o" and "a2sf"
+        (all queries vote); all others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
@@ -24,6 +27,8 @@ class Drop:
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
     layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "adaptive" over the heads of a layer.
     pyramid_beta, head_floor: their numbers.
+    decay: weight of a row's votes relative to the next one's, where all vote.
+    value_norms: scores are multiplied by the L1 norms of the values.
     """
 
     method: str
@@ -40,10 +45,14 @@ class Drop:
     head_budgets: str = "uniform"
     pyramid_beta: int = 20
     head_floor: float = 0.2
+    decay: float | None = None
+    value_norms: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in (*_WINDOW_METHODS, "streamingllm"):
-            raise ValueError(f"method must be {', '.join(_WINDOW_METHODS)} or streamingllm; got {self.method!r}")
+        if self.method not in _METHODS:
+            raise ValueError(f"method must be one of {', '.join(_METHODS)}; got {self.method!r}")
+        if (self.decay is not None) != (self.method in _ALL_QUERY_METHODS):
+            raise ValueError(f"decay goes with {' or '.join(_ALL_QUERY_METHODS)}; got {self.decay} and {self.method!r}")
         if self.pooling not in ("max", "avg"):
             raise ValueError(f"pooling must be max or avg; got {self.pooling!r}")
         if self.kernel_size % 2 == 0:
@@ -55,7 +64,7 @@ class Drop:
 
     @property
     def has_scores(self) -> bool:
-        return self.method in _WINDOW_METHODS
+        return self.method != "streamingllm"
 
     def is_forced(self, position: int) -> bool:
         return position < self.num_sink or position >= self.forced_from
