@@ -16,6 +16,12 @@ from fastkv_vllm.methods import method_class
 
 CHECKPOINT = Path(__file__).parent / "tiny_model" / "checkpoint"
 TSP_LAYER = 5  # where this model has resolved the question; of 0..7
+# Head budgets -> what calibration saw this model's heads do (each file names its command), and what goes with it.
+# Paths from the project's root, where benchmarks run: they are reported with the results.
+HEAD_SETTINGS = {
+    "importance": {"head_weights": "benchmarks/tiny_model/heads.json"},
+    "retrieval": {"head_weights": "benchmarks/tiny_model/duo.json", "num_sink": 4, "streaming_tokens": 68},
+}
 MAX_ANSWER_TOKENS = 20
 LONG_ANSWER_TOKENS = 1536  # seconds of decoding, of which only the first are waited for
 PLAIN = "none"  # stands for vLLM without --kv-compression wherever methods are listed
@@ -36,7 +42,8 @@ class Reply:
 
 def tiny_model_config(method: str) -> dict[str, Any]:
     """The method's defaults, except for what depends on the model."""
-    return {"tsp_layer": TSP_LAYER} if method_class(method).propagates else {}
+    cls = method_class(method)
+    return {**({"tsp_layer": TSP_LAYER} if cls.propagates else {}), **HEAD_SETTINGS.get(cls.head_budgets, {})}
 
 
 def ask(server: Server, examples: list[Example], *, concurrency: int = 1) -> list[Reply]:

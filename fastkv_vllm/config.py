@@ -1,6 +1,7 @@
 """The configuration tree: built once from one mapping, checked, frozen."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -10,6 +11,7 @@ from fastkv_vllm.kernels.window_scores import POOLINGS
 from fastkv_vllm.methods import (
     HEAD_BUDGETS,
     LAYER_BUDGETS,
+    MODEL_BUDGETS,
     UNIFORM,
     Allocator,
     BudgetOptions,
@@ -39,7 +41,12 @@ class CompressionConfig:
         kernel_size: width of the pooling over positions, odd.
         pooling: "max" (FastKV v3) or "avg" (v1, v2).
         layer_budgets: how layers share the budget, "uniform" or "pyramid"; None: the method's own.
-        head_budgets: how the KV heads of a layer share its budget, "uniform" or "adaptive"; None: the method's own.
+        head_budgets: how the KV heads of a layer share its budget, "uniform" or "adaptive", or how those of all layers
+            share all of it, "importance" or "retrieval"; None: the method's own.
+        head_weights: what was measured of the model's heads, for "importance" and "retrieval": path of the file that
+            `fastkv-vllm calibrate` wrote, or the numbers, [layers][KV heads].
+        head_beta: a beta-th of the budget is shared by importance, at least 1.
+        streaming_tokens: entries of a head that is no retrieval head, sinks among them.
         pyramid_beta: steepness of the pyramid: the last layer has a beta-th of the even budget.
         head_floor: share of the even budget each head has of its own under "adaptive", [0, 1].
         min_tokens: prompts below this are left alone.
@@ -62,6 +69,9 @@ class CompressionConfig:
     pooling: str = "max"
     layer_budgets: str | None = None
     head_budgets: str | None = None
+    head_weights: str | tuple[tuple[float, ...], ...] | None = None
+    head_beta: float = 1.5
+    streaming_tokens: int = 320
     pyramid_beta: int = 20
     head_floor: float = 0.2
     min_tokens: int = 512
@@ -93,16 +103,18 @@ class CompressionConfig:
             _check(_is_number(self.decay) and 0 < self.decay <= 1, "decay", "in (0, 1]", self)
         else:
             _check(self.decay is None, "decay", f"left out: in {self.method} not all queries vote", self)
-        for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS)):
+        for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS | MODEL_BUDGETS)):
             _default(self, name, getattr(cls, name))
             names = [UNIFORM, *known]
             _check(getattr(self, name) in names, name, f"one of {', '.join(names)}", self)
         if cls.one_choice:
             rule = f"uniform: in {self.method} all heads keep the same entries"
             _check(self.head_budgets == UNIFORM, "head_budgets", rule, self)
+        _check_head_weights(self)
+        _check(_is_number(self.head_beta) and 1 <= self.head_beta < math.inf, "head_beta", "a number >= 1", self)
         _check(_is_number(self.head_floor) and 0 <= self.head_floor <= 1, "head_floor", "in [0, 1]", self)
         if self.budget is None:
-            _default(self, "retention_ratio", 0.1)
+            _default(self, "retention_ratio", cls.default_retention_ratio)
         if cls.propagates and self.tsp_tokens is None:
             _default(self, "tsp_ratio", max(0.2, self.retention_ratio or 0.0))
         if self.retention_ratio is not None and self.tsp_ratio is not None:
@@ -131,16 +143,32 @@ class CompressionConfig:
         """All fields as plain JSON types; `CompressionConfig(**mapping)` gives the same configuration back."""
         return dataclasses.asdict(self)
 
-    def for_model(self, *, num_layers: int, max_model_len: int) -> "CompressionConfig":
+    def for_model(self, *, num_layers: int, num_kv_heads: int, max_model_len: int) -> "CompressionConfig":
         """The same configuration with the defaults that depend on the model filled in, and checked against it.
 
         Args:
             num_layers: decoder layers.
+            num_kv_heads: KV heads of a layer, of all ranks.
             max_model_len: longest sequence the engine accepts, tokens.
 
         Raises:
-            ValueError: the TSP layer is not followed by another layer, or the stash is smaller than a prompt.
+            ValueError: weights of heads are those of another model, the TSP layer is not followed by another layer, or
+                the stash is smaller than a prompt.
         """
+        weights = self.head_weights
+        if weights is None and self.head_budgets in MODEL_BUDGETS:
+            raise ValueError(
+                f"kv_compression_config: head_weights must be given for head_budgets {self.head_budgets!r}: the path "
+                "of a file of `fastkv-vllm calibrate`, or numbers"
+            )
+        if weights is not None:
+            assert isinstance(weights, tuple), "the file was read before"
+            widths = {len(layer) for layer in weights}
+            if len(weights) != num_layers or widths != {num_kv_heads}:
+                raise ValueError(
+                    f"kv_compression_config: head_weights must be of {num_layers} layers with {num_kv_heads} KV heads "
+                    f"each, as the model has; got {len(weights)} with {', '.join(map(str, sorted(widths)))}"
+                )
         if not self.uses_tsp:
             return self
         layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
@@ -176,7 +204,14 @@ class CompressionConfig:
     def make_allocator(self) -> Allocator:
         """How layers and KV heads share the budget."""
         assert self.layer_budgets is not None and self.head_budgets is not None, "filled in by __post_init__"
-        return Allocator(self.layer_budgets, self.head_budgets, BudgetOptions(self.pyramid_beta, self.head_floor))
+        options = BudgetOptions(
+            pyramid_beta=self.pyramid_beta,
+            head_floor=self.head_floor,
+            head_beta=self.head_beta,
+            streaming_tokens=self.streaming_tokens,
+            head_weights=self.head_weights if isinstance(self.head_weights, tuple) else (),
+        )
+        return Allocator(self.layer_budgets, self.head_budgets, options)
 
     def plan(self, num_tokens: int, block_size: int) -> PromptPlan | LeftAlone:
         """What stays of a prompt of `num_tokens` tokens."""
@@ -207,6 +242,7 @@ _LOWEST = {
     "num_sink": 0,
     "kernel_size": 1,
     "pyramid_beta": 1,
+    "streaming_tokens": 1,
     "min_tokens": 1,
     "max_tsp_tokens": 1,
 }
@@ -236,3 +272,26 @@ def _only_one(config: CompressionConfig, first: str, second: str) -> None:
 def _check(holds: bool, name: str, rule: str, config: CompressionConfig) -> None:
     if not holds:
         raise ValueError(f"kv_compression_config: {name} must be {rule}; got {getattr(config, name)!r}")
+
+
+def _check_head_weights(config: CompressionConfig) -> None:
+    """Weights are given where budgets need them and nowhere else; numbers become tuples."""
+    if config.head_budgets not in MODEL_BUDGETS:
+        rule = f"left out: head_budgets {config.head_budgets!r} does not use it"
+        _check(config.head_weights is None, "head_weights", rule, config)
+        return
+    rule = f"{UNIFORM}: head_budgets {config.head_budgets!r} shares the pages of all layers"
+    _check(config.layer_budgets == UNIFORM, "layer_budgets", rule, config)
+    weights = config.head_weights
+    if weights is None or isinstance(weights, str):
+        return  # `for_model` wants numbers
+    rows = weights if isinstance(weights, list | tuple) else ()
+    flat = [weight for row in rows if isinstance(row, list | tuple) for weight in row]
+    numbers = all(_is_number(weight) and 0 <= weight < math.inf for weight in flat)
+    lists = all(isinstance(row, list | tuple) for row in rows)
+    rule = (
+        "the path of a file of `fastkv-vllm calibrate`, or a list of numbers >= 0 for each layer, not all 0, for "
+        f"head_budgets {config.head_budgets!r}"
+    )
+    _check(lists and numbers and any(flat), "head_weights", rule, config)
+    object.__setattr__(config, "head_weights", tuple(tuple(map(float, row)) for row in rows))

@@ -57,6 +57,23 @@ def test_pages_add_up(layers: str, heads: str, num_tokens: int) -> None:
         assert pages.sum(dim=1).tolist() == sorted(pages.sum(dim=1).tolist(), reverse=True)
 
 
+def test_importance_shares_a_beta_th_of_the_budget() -> None:
+    """Half of 10 pages a head goes by importance: 5 each, and 20 more to the head that has it all."""
+    weights = [[0.0, 1.0], [0.0, 0.0]]
+    config = CompressionConfig("headkv", budget=320 + 8, head_weights=weights, head_beta=2.0, window_size=8)
+    plan = config.plan(1280 + 8, BLOCK_SIZE)
+    scores = [torch.zeros(2, 1280)] * 2
+    assert config.make_allocator().pages(plan, scores, 2).tolist() == [[5, 25], [5, 5]]
+
+
+def test_retrieval_heads_keep_all_in_order_of_their_weights() -> None:
+    """Of 4 x 14 pages 4 go to each streaming head; one head is whole with 32, one has what is left."""
+    weights = [[0.1, 0.9], [0.5, 0.5]]
+    config = CompressionConfig("duoattention", budget=448, head_weights=weights, streaming_tokens=128)
+    plan = config.plan(1024, BLOCK_SIZE)
+    assert config.make_allocator().pages(plan, [torch.zeros(1, 1024)] * 2, 2).tolist() == [[4, 32], [16, 4]]
+
+
 def test_a_head_with_the_layers_best_gets_more() -> None:
     config = CompressionConfig("adakv", retention_ratio=0.2)
     plan = config.plan(1280, BLOCK_SIZE)
@@ -70,7 +87,7 @@ def test_a_head_with_the_layers_best_gets_more() -> None:
     ("settings_", "message"),
     [
         ({"layer_budgets": "square"}, "layer_budgets must be one of uniform, pyramid; got 'square'"),
-        ({"head_budgets": 3}, "head_budgets must be one of uniform, adaptive; got 3"),
+        ({"head_budgets": 3}, "head_budgets must be one of uniform, adaptive, retrieval, importance; got 3"),
         ({"head_floor": 1.5}, r"head_floor must be in \[0, 1\]; got 1.5"),
         ({"pyramid_beta": 0}, "pyramid_beta must be an integer >= 1; got 0"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.methods import method_class, method_names
+from fastkv_vllm.methods import MODEL_BUDGETS, method_class, method_names
 
 KEYS = [field.name for field in dataclasses.fields(CompressionConfig) if field.name != "method"]
 TSP_KEYS = {"tsp_layer": 3, "tsp_ratio": 0.5, "tsp_tokens": 100, "max_tsp_tokens": 8192}
@@ -37,6 +37,9 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "pooling": "max",
         "layer_budgets": "uniform",
         "head_budgets": "uniform",
+        "head_weights": None,
+        "head_beta": 1.5,
+        "streaming_tokens": 320,
         "pyramid_beta": 20,
         "head_floor": 0.2,
         "min_tokens": 512,
@@ -46,7 +49,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
 
 @pytest.mark.parametrize(("num_layers", "expected"), [(32, 15), (36, 17), (40, 19), (8, 3), (3, 0), (2, 0)])
 def test_default_tsp_layer(num_layers: int, expected: int) -> None:
-    assert make().for_model(num_layers=num_layers, max_model_len=4096).tsp_layer == expected
+    assert make().for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=4096).tsp_layer == expected
 
 
 @EACH_METHOD
@@ -63,6 +66,34 @@ def test_defaults_that_differ() -> None:
     assert [CompressionConfig(name).decay for name in ("h2o", "a2sf", "snapkv")] == [1.0, 0.95, None]
     assert CompressionConfig("vatp").value_norms and CompressionConfig("vatp").num_sink == 20
     assert [CompressionConfig(name).all_queries_vote for name in ("h2o", "a2sf", "snapkv")] == [True, True, False]
+
+
+WEIGHTS_RULE = "the path of a file of `fastkv-vllm calibrate`, or a list of numbers >= 0 for each layer, not all 0"
+
+
+@pytest.mark.parametrize("weights", [3, [], [1.0], [[0.0, 0.0]], [[1.0, -1.0]], [[1.0, "2"]], [[math.nan]], [[True]]])
+def test_weights_must_be_numbers_of_each_layer(weights: object) -> None:
+    with pytest.raises(ValueError, match=WEIGHTS_RULE + ", for head_budgets 'importance'; got"):
+        CompressionConfig.from_mapping("headkv", {"head_weights": weights})
+
+
+def test_weights_come_back_from_json() -> None:
+    config = CompressionConfig("headkv", head_weights=[[1, 0.5], [0, 2]])  # type: ignore[arg-type]
+    assert config.head_weights == ((1.0, 0.5), (0.0, 2.0))
+    assert CompressionConfig(**json.loads(json.dumps(config.to_mapping()))) == config
+    assert config.for_model(num_layers=2, num_kv_heads=2, max_model_len=512) == config
+    with pytest.raises(ValueError, match="must be of 3 layers with 2 KV heads each, as the model has; got 2 "):
+        config.for_model(num_layers=3, num_kv_heads=2, max_model_len=512)
+    with pytest.raises(ValueError, match="must be of 2 layers with 4 KV heads each, as the model has; got 2 "):
+        config.for_model(num_layers=2, num_kv_heads=4, max_model_len=512)
+    with pytest.raises(ValueError, match="head_weights must be given for head_budgets 'importance': the path of"):
+        CompressionConfig("headkv").for_model(num_layers=2, num_kv_heads=4, max_model_len=512)
+
+
+def test_weights_share_the_pages_of_all_layers() -> None:
+    with pytest.raises(ValueError, match="layer_budgets must be uniform: head_budgets 'retrieval' shares the"):
+        CompressionConfig("duoattention", head_weights="duo.json", layer_budgets="pyramid")
+    assert CompressionConfig("duoattention", head_weights="duo.json").retention_ratio == 0.5
 
 
 def test_recent_tokens_are_a_share_of_the_budget() -> None:
@@ -143,7 +174,10 @@ BAD = [
     *[("kernel_size", value, "odd") for value in (2, 8)],
     *[("pooling", value, "one of max, avg") for value in ("sum", "MAX", "", None, 1, ["max"])],
     *[("layer_budgets", value, "one of uniform, pyramid") for value in ("square", "", 1)],
-    *[("head_budgets", value, "one of uniform, adaptive") for value in ("pyramid", 1.0)],
+    *[("head_budgets", value, "one of uniform, adaptive, retrieval, importance") for value in ("pyramid", 1.0)],
+    *[("head_beta", value, "a number >= 1") for value in (0.99, "2", None, True, math.inf)],
+    *[("streaming_tokens", value, "an integer >= 1") for value in (0, 1.5, None)],
+    *[("head_weights", value, "left out: head_budgets 'uniform' does not use it") for value in ("heads.json", [[1.0]])],
     *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
     *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],
@@ -208,7 +242,9 @@ def test_tsp_keys_need_a_method_that_propagates(method: str, name: str) -> None:
 def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
     config = CompressionConfig.from_mapping(method, mapping)
     assert CompressionConfig(**json.loads(json.dumps(config.to_mapping()))) == config
-    filled = config.for_model(num_layers=8, max_model_len=2048)
+    if config.head_budgets in MODEL_BUDGETS:
+        config = dataclasses.replace(config, head_weights=((0.0, 1.0),) * 8)
+    filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
 
 
@@ -216,7 +252,7 @@ def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
 def test_ratio_one_switches_tsp_off(mapping: dict[str, Any]) -> None:
     config = make(**mapping)
     assert not config.uses_tsp
-    assert config.for_model(num_layers=2, max_model_len=10**6) == config
+    assert config.for_model(num_layers=2, num_kv_heads=2, max_model_len=10**6) == config
     plan = config.plan(1000, 32)
     if config.retention_ratio == 1.0:
         assert plan is LeftAlone.BUDGET_COVERS_PROMPT
@@ -226,7 +262,7 @@ def test_ratio_one_switches_tsp_off(mapping: dict[str, Any]) -> None:
 
 def test_a_model_of_one_layer_is_refused_for_what_it_is() -> None:
     with pytest.raises(ValueError, match=r"tsp_layer .*the model has 1"):
-        make().for_model(num_layers=1, max_model_len=512)
+        make().for_model(num_layers=1, num_kv_heads=2, max_model_len=512)
 
 
 @pytest.mark.parametrize(("num_layers", "layer"), [(8, 7), (8, 8), (2, 1)])
@@ -234,15 +270,15 @@ def test_tsp_layer_is_followed_by_another(num_layers: int, layer: int) -> None:
     with pytest.raises(
         ValueError, match=rf"tsp_layer must be in 0\.\.{num_layers - 2}, the model has {num_layers} layers; got"
     ):
-        make(tsp_layer=layer).for_model(num_layers=num_layers, max_model_len=512)
-    assert make(tsp_layer=6).for_model(num_layers=8, max_model_len=512).tsp_layer == 6
+        make(tsp_layer=layer).for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=512)
+    assert make(tsp_layer=6).for_model(num_layers=8, num_kv_heads=2, max_model_len=512).tsp_layer == 6
 
 
 def test_stash_takes_the_longest_prompt() -> None:
-    assert make().for_model(num_layers=8, max_model_len=2048).max_tsp_tokens == 2048
-    assert make(max_tsp_tokens=2048).for_model(num_layers=8, max_model_len=2048).max_tsp_tokens == 2048
+    assert make().for_model(num_layers=8, num_kv_heads=2, max_model_len=2048).max_tsp_tokens == 2048
+    assert make(max_tsp_tokens=2048).for_model(num_layers=8, num_kv_heads=2, max_model_len=2048).max_tsp_tokens == 2048
     with pytest.raises(ValueError, match=r"max_tsp_tokens must be at least .* 2048; got 2047; .*--max-model-len"):
-        make(max_tsp_tokens=2047).for_model(num_layers=8, max_model_len=2048)
+        make(max_tsp_tokens=2047).for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
 
 
 def test_frozen() -> None:

@@ -17,7 +17,7 @@ ALLOWED = {
     "methods": {"cache", "kernels"},
     "calibrate": {"kernels", "methods"},
     "config": {"cache", "kernels", "methods"},
-    "adapter": {"cache", "config", "kernels", "methods"},
+    "adapter": {"cache", "calibrate", "config", "kernels", "methods"},
 }
 
 

@@ -42,7 +42,9 @@ class Setting:
         if plan is None or plan.num_tsp is None:
             return {context: shape.num_layers}
         assert self.compression is not None, "a plan comes from a configuration"
-        layer = self.compression.for_model(num_layers=shape.num_layers, max_model_len=context).tsp_layer
+        layer = self.compression.for_model(
+            num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, max_model_len=context
+        ).tsp_layer
         assert layer is not None, "filled in for a model"
         return {context: layer + 1, plan.num_tsp: shape.num_layers - layer - 1}
 

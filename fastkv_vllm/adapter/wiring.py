@@ -1,5 +1,6 @@
 """From engine arguments to a vLLM configuration that compresses."""
 
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -11,7 +12,9 @@ from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
 from fastkv_vllm.adapter.patches.engine_args_init import configured
 from fastkv_vllm.adapter.version import require_supported_vllm
+from fastkv_vllm.calibrate import load
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import MODEL_BUDGETS
 
 logger = logging.getLogger("vllm.fastkv")
 
@@ -55,6 +58,19 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     return config
 
 
+def read_head_weights(config: CompressionConfig, model: str) -> CompressionConfig:
+    """The configuration with the numbers in the place of the file that holds them.
+
+    Raises:
+        CalibrationError: the file is missing, of another kind, or another model's.
+    """
+    if not isinstance(config.head_weights, str) or config.head_budgets is None:
+        return config
+    budget = MODEL_BUDGETS[config.head_budgets]
+    artefact = load(config.head_weights, budget.artefact, model)
+    return dataclasses.replace(config, head_weights=artefact.data[budget.key])
+
+
 def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None:
     """Name our scheduler and worker in a finished vLLM configuration and log what is on.
 
@@ -63,14 +79,20 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     """
     require_no_conflicts(vllm_config, config)
     model = vllm_config.model_config
-    config = config.for_model(num_layers=model.get_total_num_hidden_layers(), max_model_len=model.max_model_len)
+    config = read_head_weights(config, model.model).for_model(
+        num_layers=model.get_total_num_hidden_layers(),
+        num_kv_heads=model.get_total_num_kv_heads(),
+        max_model_len=model.max_model_len,
+    )
     scheduler = "AsyncCompressionScheduler" if vllm_config.scheduler_config.async_scheduling else "CompressionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
     validate_request.install(uses_tsp=config.uses_tsp)
+    measured = None if config.head_weights is None else "given for each layer and KV head"
     rows = {
         **config.to_mapping(),
+        "head_weights": measured,
         "tsp": f"on after layer {config.tsp_layer}" if config.uses_tsp else "off",
         "prefix_caching": "on" if vllm_config.cache_config.enable_prefix_caching else "off",
         "scheduler": scheduler,

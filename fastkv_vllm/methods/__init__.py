@@ -3,9 +3,18 @@
 from fastkv_vllm.methods.a2sf import A2SF
 from fastkv_vllm.methods.adakv import AdaKV
 from fastkv_vllm.methods.base import Method, add_heads
-from fastkv_vllm.methods.budgets import HEAD_BUDGETS, LAYER_BUDGETS, UNIFORM, Allocator, BudgetOptions
+from fastkv_vllm.methods.budgets import (
+    HEAD_BUDGETS,
+    LAYER_BUDGETS,
+    MODEL_BUDGETS,
+    UNIFORM,
+    Allocator,
+    BudgetOptions,
+)
+from fastkv_vllm.methods.duoattention import DuoAttention
 from fastkv_vllm.methods.fastkv import FastKV
 from fastkv_vllm.methods.h2o import H2O
+from fastkv_vllm.methods.headkv import HeadKV
 from fastkv_vllm.methods.pyramidkv import PyramidKV
 from fastkv_vllm.methods.registry import method_class, method_names, register
 from fastkv_vllm.methods.snapkv import SnapKV
@@ -18,13 +27,16 @@ __all__ = [
     "H2O",
     "HEAD_BUDGETS",
     "LAYER_BUDGETS",
+    "MODEL_BUDGETS",
     "TOVA",
     "UNIFORM",
     "VATP",
     "AdaKV",
     "Allocator",
     "BudgetOptions",
+    "DuoAttention",
     "FastKV",
+    "HeadKV",
     "Method",
     "PyramidKV",
     "SnapKV",

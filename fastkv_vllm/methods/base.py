@@ -23,8 +23,8 @@ class Method(ABC):
         needs: names of the inputs of `score`, out of "queries", "keys", "positions", "column_sums".
         propagates: the method also chooses the rows that go on after the TSP layer.
         one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
-        default_num_sink, default_recent_share, default_value_norms, default_decay: the fields of CompressionConfig
-            without `default_`, when the configuration does not say.
+        default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay: the fields
+            of CompressionConfig without `default_`, when the configuration does not say.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
     Fields:
@@ -37,6 +37,7 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]]
     propagates: ClassVar[bool] = False
     one_choice: ClassVar[bool] = False
+    default_retention_ratio: ClassVar[float] = 0.1
     default_num_sink: ClassVar[int] = 0
     default_recent_share: ClassVar[float] = 0.0
     default_value_norms: ClassVar[bool] = False

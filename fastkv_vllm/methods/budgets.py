@@ -17,10 +17,16 @@ class BudgetOptions:
     Fields:
         pyramid_beta: how steep the pyramid is, see `pyramidkv`.
         head_floor: share of a head's even budget that it always has, see `adakv`.
+        head_beta: a beta-th of the budget is shared by importance, see `headkv`.
+        streaming_tokens: entries of a streaming head, see `duoattention`.
+        head_weights: what was measured of each layer and KV head, [L][H], for budgets in MODEL_BUDGETS.
     """
 
     pyramid_beta: int = 20
     head_floor: float = 0.2
+    head_beta: float = 1.5
+    streaming_tokens: int = 320
+    head_weights: Sequence[Sequence[float]] = ()
 
 
 # (plan, number of layers, options) -> wished entries per layer and KV head, tail excluded, [L].
@@ -33,12 +39,31 @@ HEAD_BUDGETS: dict[str, HeadBudget] = {}
 
 
 @dataclass(frozen=True)
+class ModelBudget:
+    """Budgets of all layers and KV heads by what was measured once of the model.
+
+    Fields:
+        artefact: kind of the file that holds the measurement, see `fastkv_vllm.calibrate`.
+        key: where in its data the weights are, [L][H].
+        wish: (plan, options) -> wished entries of each layer and KV head, tail excluded, [L][H].
+    """
+
+    artefact: str
+    key: str
+    wish: Callable[[PromptPlan, BudgetOptions], list[list[float]]]
+
+
+MODEL_BUDGETS: dict[str, ModelBudget] = {}
+
+
+@dataclass(frozen=True)
 class Allocator:
     """Layers share the prompt's pages, then the KV heads of a layer share that layer's.
 
     Fields:
         layers: "uniform" or a name in LAYER_BUDGETS; known from the prompt's length.
-        heads: "uniform" or a name in HEAD_BUDGETS; from the scores of a layer's heads.
+        heads: "uniform", a name in HEAD_BUDGETS (from the scores of a layer's heads), or one in MODEL_BUDGETS, which
+            shares the pages of all layers at once.
         options: numbers the two take.
     """
 
@@ -49,11 +74,6 @@ class Allocator:
     @property
     def is_ragged(self) -> bool:
         return (self.layers, self.heads) != (UNIFORM, UNIFORM)
-
-    @property
-    def needs_all_heads(self) -> bool:
-        """Whether the scores of all KV heads of a layer must be at hand, whichever rank holds them."""
-        return self.heads != UNIFORM
 
     def pages(self, plan: PromptPlan, scores: Sequence[torch.Tensor], num_heads: int) -> torch.Tensor:
         """Whole pages of each layer and KV head, tail excluded.
@@ -69,6 +89,8 @@ class Allocator:
         """
         num_layers, size = len(scores), plan.block_size
         most = [layer.shape[1] // size for layer in scores]
+        if self.heads in MODEL_BUDGETS:
+            return self._model_pages(plan, most, num_heads)
         layer_pages = [plan.num_pages] * num_layers
         if self.layers != UNIFORM:
             wanted = [n / size for n in LAYER_BUDGETS[self.layers](plan, num_layers, self.options)]
@@ -84,3 +106,11 @@ class Allocator:
             low = [plan.least_pages] * num_heads
             pages.append(share_pages(wanted, even * num_heads, low=low, high=[high] * num_heads))
         return torch.tensor(pages)
+
+    def _model_pages(self, plan: PromptPlan, most: Sequence[int], num_heads: int) -> torch.Tensor:
+        """Pages by what was measured of the model, [L, H]; `most` of each layer's heads, [L]."""
+        wished = MODEL_BUDGETS[self.heads].wish(plan, self.options)
+        wanted = [entries / plan.block_size for layer in wished for entries in layer]
+        low = [plan.least_pages] * len(wanted)
+        high = [pages for pages in most for _ in range(num_heads)]
+        return torch.tensor(share_pages(wanted, plan.num_pages * len(wanted), low=low, high=high)).view(-1, num_heads)

@@ -47,6 +47,9 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
         head_budgets=config.head_budgets,
         pyramid_beta=config.pyramid_beta,
         head_floor=config.head_floor,
+        head_beta=config.head_beta,
+        streaming_tokens=config.streaming_tokens,
+        head_weights=config.head_weights,
         decay=config.decay,
         value_norms=config.value_norms,
     )

@@ -12,6 +12,9 @@ METHODS = {
     "vatp": SMALL | {"num_sink": 5},
     "h2o": SMALL,
 }
+DUO = {"min_tokens": 128, "num_sink": 4, "streaming_tokens": 60, "retention_ratio": 0.4}
+# Of 8 layers with 2 KV heads.
+WEIGHTS = [[0.1, 0.3], [0.9, 0.0], [0.2, 0.2], [0.05, 0.4], [0.7, 0.1], [0.0, 0.0], [0.3, 0.6], [0.8, 0.2]]
 # Name -> method and configuration with budgets that differ by layer, by head, by both, and after a cut.
 RAGGED = {
     "pyramidkv": ("pyramidkv", SMALL),
@@ -19,6 +22,9 @@ RAGGED = {
     "pyramidkv-adaptive": ("pyramidkv", SMALL | {"head_budgets": "adaptive", "num_sink": 3}),
     "fastkv-adaptive": ("fastkv", TSP | {"head_budgets": "adaptive"}),
     "fastkv-pyramid-adaptive": ("fastkv", TSP | {"layer_budgets": "pyramid", "head_budgets": "adaptive"}),
+    "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
+    "fastkv-importance": ("fastkv", TSP | {"head_budgets": "importance", "head_weights": WEIGHTS, "head_beta": 1.01}),
+    "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -12,9 +12,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from fastkv_vllm.adapter import conflicts, version
 from fastkv_vllm.adapter.conflicts import CONFLICTS
+from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.adapter.worker import CPUCompressionWorker
+from fastkv_vllm.calibrate.artefact import make, save
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import TSP
+from tests.engine.settings import TSP, WEIGHTS
 
 # Arguments -> what compression needs and what it got.
 REFUSED = {
@@ -118,7 +120,7 @@ def test_no_conflict_no_refusal(checkpoint):
 
 
 def test_prefix_caching_is_off_under_tsp_unless_asked_for(checkpoint):
-    for method, expected in (("fastkv", False), ("snapkv", True)):
+    for method, expected in (("fastkv", False), ("h2o", False), ("snapkv", True)):
         assert configure(checkpoint, kv_compression=method).cache_config.enable_prefix_caching is expected
     without_tsp = configure(
         checkpoint, kv_compression="fastkv", kv_compression_config={"tsp_ratio": 1.0}, enable_prefix_caching=True
@@ -159,6 +161,33 @@ def test_a_stash_smaller_than_a_prompt_is_refused(checkpoint):
 def test_a_tsp_layer_the_model_does_not_have_is_refused(checkpoint):
     with pytest.raises(ValueError, match=r"tsp_layer must be in 0\.\.6, .*got 7"):
         configure(checkpoint, kv_compression="fastkv", kv_compression_config={"tsp_layer": 7})
+
+
+def test_weights_of_heads_come_from_this_models_file(checkpoint, checkpoints, tmp_path):
+    """The numbers reach the workers; another model's file, a file of another kind and none at all are refused."""
+    data = {"kv_heads": WEIGHTS, "gates": WEIGHTS}
+    for kind in ("head-importance", "retrieval-heads"):
+        save(make(kind, checkpoint, command="-", settings={}, data=data), tmp_path / f"{kind}.json")
+    save(make("head-importance", checkpoints("qwen3"), command="-", settings={}, data=data), tmp_path / "other.json")
+
+    def with_file(method, name):
+        return configure(
+            checkpoint, kv_compression=method, kv_compression_config={"head_weights": str(tmp_path / name)}
+        )
+
+    weights = tuple(map(tuple, WEIGHTS))
+    assert compression_config(with_file("headkv", "head-importance.json")).head_weights == weights
+    assert compression_config(with_file("duoattention", "retrieval-heads.json")).head_weights == weights
+    with pytest.raises(ValueError, match="must have been made for the model it is used with"):
+        with_file("headkv", "other.json")
+    with pytest.raises(ValueError, match="must be of kind 'retrieval-heads'; it is of kind 'head-importance'"):
+        with_file("duoattention", "head-importance.json")
+    with pytest.raises(ValueError, match=r"missing\.json is none"):
+        with_file("headkv", "missing.json")
+    with pytest.raises(ValueError, match="head_weights must be given for head_budgets 'importance'"):
+        configure(checkpoint, kv_compression="headkv")
+    with pytest.raises(ValueError, match="must be of 8 layers with 2 KV heads each, as the model has; got 1 with 2"):
+        configure(checkpoint, kv_compression="headkv", kv_compression_config={"head_weights": [[1.0, 0.0]]})
 
 
 def test_settings_without_a_method_are_refused(checkpoint):

@@ -33,6 +33,13 @@ def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor
     forced = sum(drop.is_forced(p) for p in range(num_tokens - tail))
     least = (forced + 1 + size - 1) // size
     most = [(len(seen) - tail) // size for seen in positions]
+    if drop.head_budgets in ("importance", "retrieval"):
+        by_weights = {"importance": by_importance, "retrieval": by_retrieval}[drop.head_budgets]
+        wanted = by_weights(drop, num_tokens, tail)
+        total = mean * num_layers * num_heads
+        bounds = [n for n in most for _ in range(num_heads)]
+        given = hand_out([n / size for n in wanted], total, [least] * len(wanted), bounds)
+        return [[n * size + tail for n in given[i * num_heads :][:num_heads]] for i in range(num_layers)]
     layer_pages = [mean] * num_layers
     if drop.layer_budgets == "pyramid":
         wanted = [(n - tail) / size for n in pyramid(drop, num_layers, num_tokens)]
@@ -68,3 +75,23 @@ def best_by_head(drop: Drop, scores: Tensor, positions: Sequence[int], count: in
                 entries.append((-score, head, position))
     best = sorted(entries)[:count]
     return [sum(head == h for _, head, _ in best) for h in range(scores.shape[0])]
+
+
+def by_importance(drop: Drop, num_tokens: int, tail: int) -> list[float]:
+    """HeadKV's budgets, entries of each layer and head before the tail, [L * H]: arXiv 2410.19258, section 3."""
+    weights = [weight for layer in drop.head_weights for weight in layer]
+    even = drop.num_kept - drop.window_size
+    pool = len(weights) * even / drop.head_beta
+    floor = even - even / drop.head_beta
+    return [weight / sum(weights) * pool + floor + drop.window_size - tail for weight in weights]
+
+
+def by_retrieval(drop: Drop, num_tokens: int, tail: int) -> list[float]:
+    """DuoAttention's two classes, entries of each layer and head before the tail, [L * H]: best heads keep all."""
+    weights = [weight for layer in drop.head_weights for weight in layer]
+    streaming = min(drop.streaming_tokens, drop.num_kept)
+    entries = [streaming] * len(weights)
+    for head in sorted(range(len(weights)), key=lambda head: -weights[head]):
+        while entries[head] < num_tokens and sum(entries) < drop.num_kept * len(weights):
+            entries[head] += 1
+    return [n - tail for n in entries]

@@ -212,7 +212,7 @@ def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 
 def _score(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, drop: Drop) -> Tensor:
     """Importance of the rows, [H, n or n - window_size]; without scores, how late a row is."""
-    if drop.method == "streamingllm":
+    if not drop.has_scores:
         return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
     if drop.method == "tova":
         scores = last_query_scores(queries, keys).expand(keys.shape[0], -1)

@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp")
+_WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
-_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, "tova", "streamingllm")
+_NO_SCORES = ("streamingllm", "duoattention")
+_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, "tova")
 
 
 @dataclass(frozen=True)
 class Drop:
     """Which entries a method drops at the end of the prompt.
 
-    method: "streamingllm" (the most recent stay), "tova" (the last query votes, once for all heads), "h2o" and "a2sf"
-        (all queries vote); all others: the last window_size queries vote.
+    method: "streamingllm" and "duoattention" (the most recent stay), "tova" (the last query votes, once for all heads),
+        "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
@@ -25,8 +26,9 @@ class Drop:
     tsp_layer: 0-based, inclusive: layers up to it see every row. None: no layer sees fewer.
     num_tsp: rows propagated after tsp_layer, forced ones included.
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
-    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "adaptive" over the heads of a layer.
-    pyramid_beta, head_floor: their numbers.
+    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "adaptive" over the heads of a layer,
+        "importance" and "retrieval" over all heads of all layers.
+    pyramid_beta, head_floor, head_beta, streaming_tokens, head_weights [L][H]: their numbers.
     decay: weight of a row's votes relative to the next one's, where all vote.
     value_norms: scores are multiplied by the L1 norms of the values.
     """
@@ -45,6 +47,9 @@ class Drop:
     head_budgets: str = "uniform"
     pyramid_beta: int = 20
     head_floor: float = 0.2
+    head_beta: float = 1.5
+    streaming_tokens: int = 320
+    head_weights: tuple[tuple[float, ...], ...] | None = None
     decay: float | None = None
     value_norms: bool = False
 
@@ -64,7 +69,7 @@ class Drop:
 
     @property
     def has_scores(self) -> bool:
-        return self.method != "streamingllm"
+        return self.method not in _NO_SCORES
 
     def is_forced(self, position: int) -> bool:
         return position < self.num_sink or position >= self.forced_from
