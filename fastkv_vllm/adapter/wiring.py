@@ -71,7 +71,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     validate_request.install(uses_tsp=config.uses_tsp)
     rows = {
         **config.to_mapping(),
-        "tsp": f"on after layer {config.tsp_layer}" if config.uses_tsp else "off",
+        "tsp": f"on after layer {', '.join(map(str, config.tsp_layers))}" if config.uses_tsp else "off",
         "prefix_caching": "on" if vllm_config.cache_config.enable_prefix_caching else "off",
         "scheduler": scheduler,
     }
