@@ -4,7 +4,10 @@ from tests.engine.oracle import make_prompts
 
 SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
 TSP = SMALL | {"tsp_layer": 3, "tsp_ratio": 0.3}
+CUTS = SMALL | {"tsp_layer": [2, 4, 5], "tsp_ratio": [0.6, 0.4, 0.3]}
 METHODS = {"fastkv": TSP, "snapkv": SMALL, "streamingllm": SMALL}
+# Name -> method and configuration: the methods, and a schedule of cuts.
+EXACT = {name: (name, config) for name, config in METHODS.items()} | {"fastkv-cuts": ("fastkv", CUTS)}
 # Name -> method and configuration with budgets that differ by layer, by head, by both, and after a cut.
 RAGGED = {
     "pyramidkv": ("pyramidkv", SMALL),
@@ -12,6 +15,7 @@ RAGGED = {
     "pyramidkv-adaptive": ("pyramidkv", SMALL | {"head_budgets": "adaptive", "num_sink": 3}),
     "fastkv-adaptive": ("fastkv", TSP | {"head_budgets": "adaptive"}),
     "fastkv-pyramid-adaptive": ("fastkv", TSP | {"layer_budgets": "pyramid", "head_budgets": "adaptive"}),
+    "fastkv-cuts-pyramid-adaptive": ("fastkv", CUTS | {"layer_budgets": "pyramid", "head_budgets": "adaptive"}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens
