@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
@@ -29,9 +31,10 @@ class CompressionConfig:
         retention_ratio: share of a prompt's entries kept per layer and KV head, (0, 1]; 1.0 = off.
         budget: entries kept per layer and KV head, instead of retention_ratio.
         tsp_layer: last layer that sees the whole prompt, 0-based; None: num_layers // 2 - 1, which is the value
-            published for Llama-3.1-8B (15), Ministral-8B (17) and Mistral-Nemo-12B (19).
+            published for Llama-3.1-8B (15), Ministral-8B (17) and Mistral-Nemo-12B (19). Several, rising: rows are
+            cut after each.
         tsp_ratio: share of a prompt's rows that go on after it, (0, 1]; 1.0 = no TSP; None: 0.2 where the method
-            propagates, retention_ratio if that is more.
+            propagates, retention_ratio if that is more. One for each layer where tsp_layer has several.
         tsp_tokens: rows that go on, instead of tsp_ratio.
         window_size: last prompt tokens whose queries vote and that always stay.
         num_sink: first tokens that always stay; None: the method's own default.
@@ -57,9 +60,9 @@ class CompressionConfig:
     method: str
     retention_ratio: float | None = None
     budget: int | None = None
-    tsp_layer: int | None = None
-    tsp_ratio: float | None = None
-    tsp_tokens: int | None = None
+    tsp_layer: int | tuple[int, ...] | None = None
+    tsp_ratio: float | tuple[float, ...] | None = None
+    tsp_tokens: int | tuple[int, ...] | None = None
     window_size: int = 8
     num_sink: int | None = None
     recent_share: float | None = None
@@ -81,9 +84,7 @@ class CompressionConfig:
         cls = method_class(self.method)
         _only_one(self, "retention_ratio", "budget")
         _only_one(self, "tsp_ratio", "tsp_tokens")
-        for name in ("retention_ratio", "tsp_ratio"):
-            value = getattr(self, name)
-            _check(value is None or (_is_number(value) and 0 < value <= 1), name, "in (0, 1]", self)
+        _check(self.retention_ratio is None or _is_share(self.retention_ratio), "retention_ratio", "in (0, 1]", self)
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             allowed = _is_int(value) and value >= low
@@ -94,6 +95,7 @@ class CompressionConfig:
         if not cls.propagates:
             for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
                 _check(getattr(self, name) is None, name, f"left out: {self.method} does not propagate rows", self)
+        _check_cuts(self)
         for name in ("num_sink", "recent_share", "value_norms", "decay"):
             _default(self, name, getattr(cls, f"default_{name}"))
         _check(_is_number(self.recent_share) and 0 <= self.recent_share < 1, "recent_share", "in [0, 1)", self)
@@ -119,10 +121,13 @@ class CompressionConfig:
             _default(self, "tsp_ratio", max(0.2, self.retention_ratio or 0.0))
         if self.retention_ratio is not None and self.tsp_ratio is not None:
             rule = f"at least retention_ratio = {self.retention_ratio}: late layers cannot keep more than they see"
-            _check(self.tsp_ratio >= self.retention_ratio, "tsp_ratio", rule, self)
+            _check(_each(self.tsp_ratio)[-1] >= self.retention_ratio, "tsp_ratio", rule, self)
         if self.budget is not None and self.tsp_tokens is not None:
             rule = f"at least budget = {self.budget}: late layers cannot keep more than they see"
-            _check(self.tsp_tokens >= self.budget, "tsp_tokens", rule, self)
+            _check(_each(self.tsp_tokens)[-1] >= self.budget, "tsp_tokens", rule, self)
+        for name in _CUTS:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @classmethod
     def from_mapping(cls, method: str, mapping: Mapping[str, Any]) -> "CompressionConfig":
@@ -141,7 +146,7 @@ class CompressionConfig:
 
     def to_mapping(self) -> dict[str, Any]:
         """All fields as plain JSON types; `CompressionConfig(**mapping)` gives the same configuration back."""
-        return dataclasses.asdict(self)
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def for_model(self, *, num_layers: int, num_kv_heads: int, max_model_len: int) -> "CompressionConfig":
         """The same configuration with the defaults that depend on the model filled in, and checked against it.
@@ -152,7 +157,7 @@ class CompressionConfig:
             max_model_len: longest sequence the engine accepts, tokens.
 
         Raises:
-            ValueError: weights of heads are those of another model, the TSP layer is not followed by another layer, or
+            ValueError: weights of heads are those of another model, a TSP layer is not followed by another layer, or
                 the stash is smaller than a prompt.
         """
         weights = self.head_weights
@@ -173,10 +178,10 @@ class CompressionConfig:
             return self
         layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
         limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
-        if not 0 <= layer < num_layers - 1:
+        if not 0 <= _each(layer)[-1] < num_layers - 1:
             raise ValueError(
                 f"kv_compression_config: tsp_layer must be in 0..{num_layers - 2}, the model has {num_layers} layers; "
-                f"got {layer}"
+                f"got {_plain(layer)}"
             )
         if limit < max_model_len:
             raise ValueError(
@@ -188,7 +193,14 @@ class CompressionConfig:
     @property
     def uses_tsp(self) -> bool:
         """Whether late layers may see fewer rows than early ones."""
-        return method_class(self.method).propagates and 1.0 not in (self.tsp_ratio, self.retention_ratio)
+        if not method_class(self.method).propagates or self.retention_ratio == 1:
+            return False
+        return self.tsp_ratio is None or _each(self.tsp_ratio)[-1] < 1
+
+    @property
+    def tsp_layers(self) -> tuple[int, ...]:
+        """Layers after which rows are cut, ascending; empty before `for_model` where they are not given."""
+        return tuple(_each(self.tsp_layer))
 
     @property
     def all_queries_vote(self) -> bool:
@@ -214,18 +226,19 @@ class CompressionConfig:
         return Allocator(self.layer_budgets, self.head_budgets, options)
 
     def plan(self, num_tokens: int, block_size: int) -> PromptPlan | LeftAlone:
-        """What stays of a prompt of `num_tokens` tokens."""
+        """What stays of a prompt of `num_tokens` tokens; its cuts are known once `for_model` has set their layers."""
         assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
-        num_tsp = None
-        if self.uses_tsp:
-            num_tsp = int(num_tokens * self.tsp_ratio) if self.tsp_ratio is not None else self.tsp_tokens
+        cuts: list[tuple[int, int]] = []
+        if self.uses_tsp and self.tsp_layers:
+            rows = _each(self.tsp_tokens) or [int(num_tokens * share) for share in _each(self.tsp_ratio)]
+            cuts = list(zip(self.tsp_layers, rows, strict=True))
         return plan_prompt(
             num_tokens,
             block_size=block_size,
             num_kept=num_kept,
-            num_tsp=num_tsp,
+            cuts=cuts,
             window_size=self.window_size,
             num_sink=self.num_sink,
             min_tokens=self.min_tokens,
@@ -236,8 +249,6 @@ class CompressionConfig:
 
 _LOWEST = {
     "budget": 1,
-    "tsp_layer": 0,
-    "tsp_tokens": 1,
     "window_size": 1,
     "num_sink": 0,
     "kernel_size": 1,
@@ -248,15 +259,56 @@ _LOWEST = {
 }
 
 
-_OPTIONAL = {"budget", "tsp_layer", "tsp_tokens", "num_sink", "max_tsp_tokens"}
+_OPTIONAL = {"budget", "num_sink", "max_tsp_tokens"}
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return _is_int(value) or isinstance(value, float)
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+# Settings that take a value or a list of one for each cut -> is one value allowed, what it must be, order of a list.
+_CUTS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any, Any], bool], str]] = {
+    "tsp_layer": (lambda value: _is_int(value) and value >= 0, "an integer >= 0", operator.lt, "rises"),
+    "tsp_ratio": (_is_share, "in (0, 1]", operator.ge, "never rises"),
+    "tsp_tokens": (lambda value: _is_int(value) and value >= 1, "an integer >= 1", operator.ge, "never rises"),
+}
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _each(value: object) -> Sequence[Any]:
+    """Values of a setting of the cuts; none where it is left out."""
+    if value is None:
+        return ()
+    return value if _is_list(value) else (value,)
+
+
+def _plain(value: object) -> object:
+    """As JSON has it: lists for tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_cuts(config: CompressionConfig) -> None:
+    for name, (is_allowed, rule, in_order, order) in _CUTS.items():
+        values = _each(getattr(config, name))
+        holds = all(map(is_allowed, values)) and all(in_order(*pair) for pair in pairwise(values))
+        empty = _is_list(getattr(config, name)) and not values
+        _check(holds and not empty, name, f"{rule} or a list of such that {order}", config)
+    share = "tsp_ratio" if config.tsp_tokens is None else "tsp_tokens"
+    wrong, right = (share, "tsp_layer") if _is_list(config.tsp_layer) else ("tsp_layer", share)
+    if _is_list(getattr(config, right)):
+        value, model = getattr(config, wrong), list(getattr(config, right))
+        _check(_is_list(value) and len(value) == len(model), wrong, f"a list as long as {right} = {model}", config)
 
 
 def _default(config: CompressionConfig, name: str, value: object) -> None:

@@ -55,7 +55,7 @@ def roped(directory: Path) -> list[tuple[Tensor, Tensor]]:
 def slow_recall(directory: Path, num_queries: int) -> list[list[float]]:
     """The definition as loops over layers, heads, queries and keys."""
     layers = roped(directory)
-    drop = Drop("fastkv", **DROP, pooling="avg", tsp_layer=0, num_tsp=NUM_ROWS)
+    drop = Drop("fastkv", **DROP, pooling="avg")
     table = []
     for queries, keys in layers:
         scores = sum(window_scores(queries, keys, drop)).tolist()
@@ -122,11 +122,11 @@ def test_plain_decoding_is_that_of_transformers(checkpoint: Callable[[str], Path
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tsp_layer", [0, 2])
 def test_tsp_is_that_of_the_reference(checkpoint: Callable[[str], Path], family: str, tsp_layer: int) -> None:
-    drop = Drop("fastkv", **DROP, pooling="avg", tsp_layer=tsp_layer, num_tsp=NUM_ROWS)
+    drop = Drop("fastkv", **DROP, pooling="avg", cuts=((tsp_layer, NUM_ROWS),))
     expected = ReferenceModel(checkpoint(family)).generate(TOKENS, 8, drop)
     attention = TspAttention(tsp_layer, PROPAGATION)
     tokens = CalibrationModel(checkpoint(family), dtype="float32").decode(TOKENS, 8, attention)
-    assert attention._rows.tolist() == expected.tsp_indices.tolist()
+    assert [attention._rows.tolist()] == [rows.tolist() for rows in expected.tsp_indices]
     assert tokens == expected.tokens[: len(tokens)] and len(tokens) == [*expected.tokens, 2].index(2)
     assert tokens != ReferenceModel(checkpoint(family)).generate(TOKENS, 8).tokens, "the case must tell them apart"
 

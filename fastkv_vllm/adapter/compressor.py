@@ -35,15 +35,14 @@ class Compressor:
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
         windows: (request, layer) -> window queries by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
-        stash: request -> residual rows after the TSP layer by position, [P, hidden].
-        selected: request -> rows chosen at the TSP layer in this step, ascending positions.
+        stash: request -> residual rows after its first cut by position, [P, hidden].
+        selected: request -> rows chosen at its latest cut in this step, ascending positions.
         stats: figures of the current step.
     """
 
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config
         self.method = config.make_method()
-        self.tsp_layer = config.tsp_layer if config.uses_tsp else None
         self.windows: dict[tuple[str, int], torch.Tensor] = {}
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.stash: dict[str, torch.Tensor] = {}
@@ -168,7 +167,7 @@ class Compressor:
                 slots = held.slots(layer, plan.block_size)
                 num_seen = scores[layer].shape[1]
                 if num_seen + plan.num_tail < plan.num_tokens and plan.num_tail:
-                    # Rows chosen at the TSP layer were cached densely: the tail's true slots are still empty here.
+                    # Rows chosen at a cut were cached densely: the tail's true slots are still empty here.
                     tail = torch.arange(plan.num_tail)
                     entries = torch.cat([entries, (num_seen + tail).repeat(pool.num_heads)])
                     heads = torch.cat([heads, torch.arange(pool.num_heads).repeat_interleave(plan.num_tail)])
@@ -256,7 +255,7 @@ class Compressor:
         return self.selected[prefill.request_id] if prefill.late else torch.arange(prefill.plan.num_tokens)
 
     def _settle(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [H or 1, n] with forced entries at +inf; at the TSP layer the rows that go on are chosen too.
+        """Scores [H or 1, n] with forced entries at +inf; at a cut the rows that go on are chosen too.
 
         Ranks hold some of the heads each. Where all must choose alike, scores are added over ranks too; the reduction
         is in place and the sum over a rank's only head is that head's scores: hence the copies.
@@ -265,10 +264,11 @@ class Compressor:
         forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
         if self.method.one_choice:
             scores = tensor_model_parallel_all_reduce(add_heads(scores).clone()).unsqueeze(0)
-        if layer == self.tsp_layer and prefill.plan.num_tsp is not None:
+        num_rows = dict(prefill.plan.cuts).get(layer)
+        if num_rows is not None:
             rating = tensor_model_parallel_all_reduce(self.method.propagation_scores(scores).clone())
             rating = rating.masked_fill(forced, float("inf"))
-            self.selected[prefill.request_id] = select(rating.unsqueeze(0), prefill.plan.num_tsp)[0]
+            self.selected[prefill.request_id] = positions[select(rating.unsqueeze(0), num_rows)[0]]
         return scores.masked_fill(forced, float("inf"))
 
     @staticmethod

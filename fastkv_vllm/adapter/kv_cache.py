@@ -62,7 +62,7 @@ class CompressingManager(FullAttentionManager):
         if plan is not None and request_id not in self.null_blocks:
             if num_tokens >= plan.num_tokens:
                 self.finishing.add(request_id)
-            elif plan.num_tsp is not None:
+            elif plan.cuts:
                 self.stashing.add(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 

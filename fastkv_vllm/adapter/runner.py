@@ -40,12 +40,8 @@ class CPUCompressionRunner(CPUModelRunner):
         self._builder = self.attn_groups[0][0].get_metadata_builder(0)
         self._builder.compressor = self.compressor
         self.compressor.use_cache(self.kv_caches, self._builder.isa)
-        tsp_layer = self.compressor.tsp_layer
-        self._late_layer_names = [
-            name
-            for name in kv_cache_config.kv_cache_groups[0].layer_names
-            if tsp_layer is not None and extract_layer_index(name) > tsp_layer
-        ]
+        names = kv_cache_config.kv_cache_groups[0].layer_names
+        self._layer_names = {extract_layer_index(name): name for name in names}
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self._plan = plan_of(scheduler_output)
@@ -74,19 +70,17 @@ class CPUCompressionRunner(CPUModelRunner):
         batch = self._make_batch(self._plan)
         self._builder.batch = batch
         metadata = super()._build_attention_metadata(*args, **kwargs)
-        if any(prefill.plan.num_tsp is not None for prefill in batch.prefills):
+        if any(prefill.plan.cuts for prefill in batch.prefills):
             num_reqs = self.input_batch.num_reqs
             segments = segments_of(self.query_start_loc.np[: num_reqs + 1].tolist(), batch.prefills)
             assert self._builder.view is not None, "left there by the build above"
-            self._tsp = TSPStep(self.compressor, segments, self._builder.view, self._builder, self._late_layer_names)
+            self._tsp = TSPStep(self.compressor, segments, self._builder.view, self._builder, self._layer_names)
         return metadata
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._tsp is None:
             return super()._model_forward(*args, **kwargs)
-        layers = self.get_model().model.layers
-        assert self.compressor.tsp_layer is not None, "TSP is on"
-        with self._tsp.detour(layers, self.compressor.tsp_layer):
+        with self._tsp.detour(self.get_model().model.layers):
             hidden = super()._model_forward(*args, **kwargs)
         return self._tsp.scatter(hidden, kwargs["positions"].shape[0])
 

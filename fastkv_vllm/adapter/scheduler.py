@@ -63,7 +63,7 @@ class _CompressionMixin(Scheduler):
         self.manager.plans[request.request_id] = plan
         num_new_tokens = min(num_new_tokens, plan.num_tokens - num_computed_tokens)
         ends = num_computed_tokens + num_new_tokens == plan.num_tokens
-        if plan.num_tsp is not None and not ends and request.request_id not in self.manager.stashing:
+        if plan.cuts and not ends and request.request_id not in self.manager.stashing:
             limit = self.compression.max_tsp_tokens
             assert limit is not None, "filled in by CompressionConfig.for_model"
             if self.manager.num_stash_tokens() + plan.num_tokens > limit:
@@ -130,12 +130,12 @@ class _CompressionMixin(Scheduler):
             stats.prompt_tokens_kept += plan.num_kept
             stats.blocks_freed += plan.num_freed_blocks
         logger.debug(
-            "%s: request %s compressed from %d to %d entries per head, %s rows after the TSP layer, %d blocks freed",
+            "%s: request %s compressed from %d to %d entries per head, rows after layers: %s, %d blocks freed",
             self.compression.method,
             request_id,
             plan.num_tokens,
             plan.num_kept,
-            plan.num_tsp,
+            dict(plan.cuts),
             plan.num_freed_blocks,
         )
 

@@ -93,7 +93,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     rows = {
         **config.to_mapping(),
         "head_weights": measured,
-        "tsp": f"on after layer {config.tsp_layer}" if config.uses_tsp else "off",
+        "tsp": f"on after layer {', '.join(map(str, config.tsp_layers))}" if config.uses_tsp else "off",
         "prefix_caching": "on" if vllm_config.cache_config.enable_prefix_caching else "off",
         "scheduler": scheduler,
     }

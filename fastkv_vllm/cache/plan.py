@@ -10,7 +10,7 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 | [m * block_size, P), in forced | tail    | never moved: it lies in the last, partial block     |
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -31,7 +31,7 @@ class PromptPlan:
         num_tokens: tokens of the prompt (P).
         block_size: tokens per block.
         num_pages: whole pages that stay per (layer, KV head), beside the tail; also the whole blocks that stay.
-        num_tsp: rows that go on after the TSP layer, forced ones included; None: all of them.
+        cuts: layers after which fewer rows go on, ascending, and how many of them, falling, forced ones included.
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
         num_recent: last tokens that always stay, the window among them.
@@ -41,7 +41,7 @@ class PromptPlan:
     num_tokens: int
     block_size: int
     num_pages: int
-    num_tsp: int | None
+    cuts: tuple[tuple[int, int], ...]
     window_size: int
     num_sink: int
     num_recent: int
@@ -111,7 +111,7 @@ def plan_prompt(
     *,
     block_size: int,
     num_kept: int,
-    num_tsp: int | None,
+    cuts: Sequence[tuple[int, int]],
     window_size: int,
     num_sink: int,
     min_tokens: int,
@@ -128,7 +128,7 @@ def plan_prompt(
         num_tokens: tokens of the prompt.
         block_size: tokens per block.
         num_kept: budget per (layer, KV head), window included.
-        num_tsp: rows wished after the TSP layer, None for no TSP; raised to what stays.
+        cuts: layers, ascending, and the rows wished after each; raised to what stays. Cuts that drop none are left out.
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
         min_tokens: prompts below this are left alone; more than window_size.
@@ -143,7 +143,7 @@ def plan_prompt(
         num_tokens,
         block_size,
         held - (tail > 0),
-        num_tsp,
+        (),
         window_size,
         num_sink,
         max(window_size, num_recent),
@@ -152,8 +152,10 @@ def plan_prompt(
     num_pages = max(plan.num_pages, plan.least_pages)
     if num_pages >= whole:
         return LeftAlone.BUDGET_COVERS_PROMPT
-    if num_tsp is not None:
-        num_tsp = max(num_tsp, num_pages * block_size + tail)
-    if num_tsp is not None and num_tsp >= num_tokens:
-        num_tsp = None
-    return replace(plan, num_pages=num_pages, num_tsp=num_tsp)
+    plan = replace(plan, num_pages=num_pages)
+    num_rows, effective = num_tokens, []
+    for layer, wished in cuts:
+        if max(wished, plan.num_kept) < num_rows:
+            num_rows = max(wished, plan.num_kept)
+            effective.append((layer, num_rows))
+    return replace(plan, cuts=tuple(effective))

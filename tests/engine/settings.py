@@ -4,6 +4,7 @@ from tests.engine.oracle import make_prompts
 
 SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
 TSP = SMALL | {"tsp_layer": 3, "tsp_ratio": 0.3}
+CUTS = SMALL | {"tsp_layer": [2, 4, 5], "tsp_ratio": [0.6, 0.4, 0.3]}
 METHODS = {
     "fastkv": TSP,
     "snapkv": SMALL,
@@ -12,6 +13,8 @@ METHODS = {
     "vatp": SMALL | {"num_sink": 5},
     "h2o": SMALL,
 }
+# Name -> method and configuration: the methods, and a schedule of cuts.
+EXACT = {name: (name, config) for name, config in METHODS.items()} | {"fastkv-cuts": ("fastkv", CUTS)}
 DUO = {"min_tokens": 128, "num_sink": 4, "streaming_tokens": 60, "retention_ratio": 0.4}
 # Of 8 layers with 2 KV heads.
 WEIGHTS = [[0.1, 0.3], [0.9, 0.0], [0.2, 0.2], [0.05, 0.4], [0.7, 0.1], [0.0, 0.0], [0.3, 0.6], [0.8, 0.2]]
@@ -22,6 +25,7 @@ RAGGED = {
     "pyramidkv-adaptive": ("pyramidkv", SMALL | {"head_budgets": "adaptive", "num_sink": 3}),
     "fastkv-adaptive": ("fastkv", TSP | {"head_budgets": "adaptive"}),
     "fastkv-pyramid-adaptive": ("fastkv", TSP | {"layer_budgets": "pyramid", "head_budgets": "adaptive"}),
+    "fastkv-cuts-pyramid-adaptive": ("fastkv", CUTS | {"layer_budgets": "pyramid", "head_budgets": "adaptive"}),
     "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
     "fastkv-importance": ("fastkv", TSP | {"head_budgets": "importance", "head_weights": WEIGHTS, "head_beta": 1.01}),
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),

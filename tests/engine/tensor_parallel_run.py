@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.engine.harness import Engine, logprobs_of
 from tests.engine.oracle import clear
-from tests.engine.settings import METHODS, MIXED
+from tests.engine.settings import EXACT, MIXED
 
 
 def record(worker):
@@ -24,8 +24,8 @@ def recorded(worker):
     return found
 
 
-def main(checkpoint: Path, method: str) -> None:
-    engine = Engine(checkpoint, method, METHODS[method], tensor_parallel_size=2, distributed_executor_backend="mp")
+def main(checkpoint: Path, name: str) -> None:
+    engine = Engine(checkpoint, *EXACT[name], tensor_parallel_size=2, distributed_executor_backend="mp")
     engine.llm.collective_rpc(record)
     alone = clear(checkpoint, engine.config, MIXED[1], 8)
     with engine.step_tokens(200):

@@ -3,12 +3,12 @@
 import pytest
 
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import METHODS, MIXED
+from tests.engine.settings import EXACT, MIXED
 
 
-@pytest.fixture(params=METHODS, scope="module")
+@pytest.fixture(params=EXACT, scope="module")
 def engine(request, start):
-    return start(request.param, METHODS[request.param])
+    return start(*EXACT[request.param])
 
 
 def test_prompts_one_by_one_in_one_chunk(engine):

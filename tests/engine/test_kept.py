@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import fastkv_vllm.adapter.compressor
-from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, reference
-from tests.engine.settings import SMALL, TSP
+from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference
+from tests.engine.settings import CUTS, SMALL, TSP
 
 ENGINES = {
     "fastkv-max": ("fastkv", TSP),
+    "fastkv-cuts": ("fastkv", CUTS),
     "fastkv-avg": ("fastkv", TSP | {"pooling": "avg"}),
     "snapkv-max": ("snapkv", SMALL),
     "snapkv-avg": ("snapkv", SMALL | {"pooling": "avg", "num_sink": 3}),
@@ -28,7 +29,7 @@ def engine(request, start):
 
 @pytest.fixture
 def selections(monkeypatch):
-    """Results of all choices, in order: per layer the kept columns, after the TSP layer's rows at that layer."""
+    """Results of all choices, in order: per layer the kept columns, after those of the rows that go on at a cut."""
     found = []
     select = fastkv_vllm.adapter.compressor.select
     monkeypatch.setattr(
@@ -47,22 +48,23 @@ def test_kept_entries(engine, selections, num_tokens, last):
         engine.check([prompt], max_tokens=4)
     expected = reference(engine.checkpoint, engine.config, prompt, 4)
     kept, tsp_indices = positions_of(selections, engine.config, num_tokens, num_layers=len(expected.kept))
-    if expected.tsp_indices is not None:
-        assert tsp_indices.tolist() == expected.tsp_indices.tolist()
+    assert [rows.tolist() for rows in tsp_indices] == [rows.tolist() for rows in expected.tsp_indices]
     for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
         assert got.expand(len(want), -1).tolist() == [head.tolist() for head in want], f"layer {layer}"
 
 
 def positions_of(selections, config, num_tokens, num_layers):
-    """Kept positions per layer with the tail, which is not chosen, and the rows of the TSP layer."""
+    """Kept positions per layer with the tail, which is not chosen, and the positions that go on after each cut."""
     columns = iter(selections)
     tail = torch.arange(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens)
-    positions, tsp_indices, kept = torch.arange(num_tokens), None, []
+    positions, tsp_indices, kept = torch.arange(num_tokens), [], []
+    cuts = dict(plan_of(config, num_tokens).cuts)
     for layer in range(num_layers):
-        rows = next(columns)[0] if config.uses_tsp and layer == config.tsp_layer else None
+        rows = next(columns)[0] if layer in cuts else None
         chosen = positions[next(columns)]
         kept.append(torch.cat([chosen, tail.expand(len(chosen), -1)], dim=1))
         if rows is not None:
-            positions = tsp_indices = rows
+            positions = positions[rows]
+            tsp_indices.append(positions)
     assert next(columns, None) is None, "more choices than layers"
     return kept, tsp_indices

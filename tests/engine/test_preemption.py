@@ -3,27 +3,27 @@
 import pytest
 
 from tests.engine.oracle import BLOCK_SIZE, make_prompts, plan_of
-from tests.engine.settings import SMALL, TSP
+from tests.engine.settings import EXACT
 
-METHODS = {"fastkv": TSP, "snapkv": SMALL}
+ENGINES = pytest.mark.parametrize("name", ["fastkv", "fastkv-cuts", "snapkv"])
 CROWD = make_prompts([250] * 9, seed=7)
 STEP = 100
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_crowd_in_a_small_pool(start, method):
+@ENGINES
+def test_a_crowd_in_a_small_pool(start, name):
     """vLLM preempts by itself: compressed requests outgrow the pool while others prefill."""
-    engine = start(method, METHODS[method], num_gpu_blocks_override=21, max_model_len=640, max_num_seqs=9)
+    engine = start(*EXACT[name], num_gpu_blocks_override=21, max_model_len=640, max_num_seqs=9)
     with engine.step_tokens(STEP), engine.watch():
         engine.check(CROWD, max_tokens=120)
     assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@ENGINES
 @pytest.mark.parametrize("step", range(1, 12))
-def test_all_are_preempted_before_a_step(start, method, step):
+def test_all_are_preempted_before_a_step(start, name, step):
     """vLLM's own reset preempts what runs: before, amid and after compaction."""
-    engine = start(method, METHODS[method])
+    engine = start(*EXACT[name])
     prompts = make_prompts([450, 90, 300])
 
     def preempt(number):
@@ -38,9 +38,9 @@ def test_all_are_preempted_before_a_step(start, method, step):
     assert any(not p.prompt_ended for p in engine.preemptions) == (step < 9)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_preempted_over_and_over(start, method):
-    engine = start(method, METHODS[method])
+@ENGINES
+def test_preempted_over_and_over(start, name):
+    engine = start(*EXACT[name])
     prompts = make_prompts([450, 700], seed=1)
 
     def preempt(number):
@@ -52,10 +52,10 @@ def test_preempted_over_and_over(start, method):
     assert sum(p.compressed for p in engine.preemptions) >= 4
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_request_that_fits_compressed_only(start, method):
+@ENGINES
+def test_a_resumed_request_that_fits_compressed_only(start, name):
     """Prompt and answer together are more than the pool; a request that goes on must still be let in."""
-    engine = start(method, METHODS[method], num_gpu_blocks_override=21, max_model_len=639, max_num_seqs=9)
+    engine = start(*EXACT[name], num_gpu_blocks_override=21, max_model_len=639, max_num_seqs=9)
     (prompt,) = make_prompts([500])
     num_blocks = 20
     assert plan_of(engine.config, 500).peak_tokens(500 + 130) <= num_blocks * BLOCK_SIZE

@@ -11,6 +11,12 @@ VARIANTS = {
     "fastkv-sinks": ("fastkv", TSP | {"num_sink": 40}),
     "snapkv-sinks": ("snapkv", SMALL | {"num_sink": 3}),
     "fastkv-tokens": ("fastkv", {"min_tokens": 128, "budget": 100, "tsp_tokens": 150, "tsp_layer": 3}),
+    "fastkv-two": ("fastkv", SMALL | {"tsp_layer": [0, 6], "tsp_ratio": [0.5, 0.2]}),
+    # Prompts of one batch are cut at other layers: the first cut keeps all rows of some, the last two are equal.
+    "fastkv-cuts-tokens": (
+        "fastkv",
+        {"min_tokens": 128, "budget": 100, "tsp_layer": [1, 4, 5, 6], "tsp_tokens": [900, 720, 300, 300]},
+    ),
     "fastkv-first": ("fastkv", TSP | {"tsp_layer": 0}),
     "fastkv-last": ("fastkv", TSP | {"tsp_layer": 6}),
     "fastkv-window": ("fastkv", TSP | {"window_size": 45}),

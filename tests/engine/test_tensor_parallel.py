@@ -11,16 +11,16 @@ import torch
 
 from tests.engine.harness import LOGPROB_TOLERANCE, logprobs_of
 from tests.engine.oracle import reference
-from tests.engine.settings import METHODS
+from tests.engine.settings import EXACT
 from tests.engine.test_kept import positions_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fastkv", "snapkv", "tova", "h2o"])
-def test_two_ranks_agree_with_one(start, checkpoint, method):
+@pytest.mark.parametrize("name", ["fastkv", "fastkv-cuts", "snapkv", "tova", "h2o"])
+def test_two_ranks_agree_with_one(start, checkpoint, name):
     """The subprocess has checked the mixed batch against the reference, in chunks, too."""
-    two = run_on_two_ranks(checkpoint, method)
-    engine = start(method, METHODS[method])
+    two = run_on_two_ranks(checkpoint, name)
+    engine = start(*EXACT[name])
     prompt = tuple(two["prompt"])
     with engine.step_tokens(200):
         (one,) = engine.check([prompt], max_tokens=8)
@@ -32,19 +32,18 @@ def test_two_ranks_agree_with_one(start, checkpoint, method):
     for rank, selections in enumerate(two["selections"]):
         columns = [torch.tensor(columns) for columns in selections]
         kept, tsp_indices = positions_of(columns, engine.config, len(prompt), len(expected.kept))
-        if expected.tsp_indices is not None:
-            assert tsp_indices.tolist() == expected.tsp_indices.tolist(), f"rank {rank}"
+        assert [n.tolist() for n in tsp_indices] == [n.tolist() for n in expected.tsp_indices], f"rank {rank}"
         for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
             assert got.tolist() == [want[rank].tolist()], f"rank {rank}, layer {layer}"
 
 
-def run_on_two_ranks(checkpoint: Path, method: str) -> dict:
+def run_on_two_ranks(checkpoint: Path, name: str) -> dict:
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
     }
     result = subprocess.run(
-        [sys.executable, "-m", "tests.engine.tensor_parallel_run", str(checkpoint), method],
+        [sys.executable, "-m", "tests.engine.tensor_parallel_run", str(checkpoint), name],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,

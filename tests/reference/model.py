@@ -22,14 +22,14 @@ class Generation:
     tokens, logprobs: chosen tokens and their log-probabilities.
     margins: top-1 minus top-2 logit of each step; a small one tells a tie from an error.
     kept: per layer and head the kept positions, [num_kept] int64, ascending; empty without a drop.
-    tsp_indices: positions that went on after the TSP layer, [num_tsp] int64, ascending; None without TSP.
+    tsp_indices: after each cut the positions that went on, [rows] int64, ascending; empty without cuts.
     """
 
     tokens: list[int]
     logprobs: list[float]
     margins: list[float]
     kept: list[list[Tensor]]
-    tsp_indices: Tensor | None
+    tsp_indices: list[Tensor]
 
 
 @dataclass
@@ -105,11 +105,11 @@ class ReferenceModel:
 
     def _prefill(
         self, prompt: Sequence[int], drop: Drop | None
-    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], Tensor | None]:
+    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], list[Tensor]]:
         """Run the prompt: the last layer's hidden rows, the layers after dropping, kept and tsp_indices."""
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
-        layers, seen, rated, tsp_indices = [], [], [], None
+        layers, seen, rated, tsp_indices = [], [], [], []
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
         for index, weights in enumerate(self.layer_weights):
@@ -119,9 +119,11 @@ class ReferenceModel:
             seen.append(positions)
             if drop is not None:
                 rated.append(_score(queries, keys, values, positions, drop))
-                if index == drop.tsp_layer:
-                    positions = tsp_indices = _select(sum(rated[-1]), positions, drop.num_tsp, drop)
-                    hidden = hidden[tsp_indices]  # up to here all rows are present: a row's index is its position
+                for _, num_rows in (cut for cut in drop.cuts if cut[0] == index):
+                    chosen = _select(sum(rated[-1]), positions, num_rows, drop)
+                    hidden = hidden[torch.searchsorted(positions, chosen)]
+                    positions = chosen
+                    tsp_indices.append(chosen)
         kept = []
         if drop is not None:
             counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,7 @@ class Drop:
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
     num_sink: positions below it always stay and are always propagated.
-    tsp_layer: 0-based, inclusive: layers up to it see every row. None: no layer sees fewer.
-    num_tsp: rows propagated after tsp_layer, forced ones included.
+    cuts: (0-based layer, rows propagated after it out of those it saw, forced ones included), layers ascending.
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
     layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "adaptive" over the heads of a layer,
         "importance" and "retrieval" over all heads of all layers.
@@ -40,8 +40,7 @@ class Drop:
     kernel_size: int = 7
     pooling: str = "max"
     num_sink: int = 0
-    tsp_layer: int | None = None
-    num_tsp: int | None = None
+    cuts: tuple[tuple[int, int], ...] = ()
     block_size: int | None = None
     layer_budgets: str = "uniform"
     head_budgets: str = "uniform"
@@ -62,10 +61,11 @@ class Drop:
             raise ValueError(f"pooling must be max or avg; got {self.pooling!r}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, or pooling shifts positions; got {self.kernel_size}")
-        if (self.tsp_layer is None) != (self.num_tsp is None):
-            raise ValueError(f"tsp_layer and num_tsp go together; got {self.tsp_layer} and {self.num_tsp}")
-        if self.tsp_layer is not None and not self.has_scores:
-            raise ValueError(f"tsp_layer needs a method with scores; got {self.method!r}")
+        for (first, before), (second, after) in pairwise(self.cuts):
+            if first >= second or before < after:
+                raise ValueError(f"layers of cuts must rise and their rows must not; got {self.cuts}")
+        if self.cuts and not self.has_scores:
+            raise ValueError(f"cuts need a method with scores; got {self.method!r}")
 
     @property
     def has_scores(self) -> bool:
@@ -75,9 +75,10 @@ class Drop:
         return position < self.num_sink or position >= self.forced_from
 
     def check_fits(self, num_tokens: int, num_layers: int) -> None:
-        """Raise ValueError if a window column of the prompt is not forced or the TSP layer does not exist."""
-        if self.tsp_layer is not None and not 0 <= self.tsp_layer < num_layers:
-            raise ValueError(f"tsp_layer must be in [0, {num_layers}); got {self.tsp_layer}")
+        """Raise ValueError if a window column of the prompt is not forced or a cut's layer does not exist."""
+        for layer, _ in self.cuts:
+            if not 0 <= layer < num_layers:
+                raise ValueError(f"layers of cuts must be in [0, {num_layers}); got {layer}")
         if self.has_scores and not 0 <= self.forced_from <= num_tokens - self.window_size:
             raise ValueError(
                 f"forced_from must be in [0, {num_tokens} - {self.window_size}] to cover the window; "
