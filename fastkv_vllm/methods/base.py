@@ -20,7 +20,7 @@ class Method(ABC):
     Class attributes (declared, never inferred; tables, help and conflict checks are derived from them):
         source: paper and section the arithmetic follows.
         needs: names of the inputs of `score`, out of "queries", "keys", "positions".
-        propagates: the method also chooses the rows that go on after the TSP layer.
+        propagates: the method also chooses the rows that go on after a cut.
         default_num_sink: first tokens that always stay, when the configuration does not say.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
@@ -56,5 +56,5 @@ class Method(ABC):
         """
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Rating [N] of whole rows at the TSP layer, from that layer's `score` [H, N] (this rank's heads)."""
+        """Rating [N] of whole rows at a layer with a cut, from that layer's `score` [H, N] (this rank's heads)."""
         raise TypeError(f"{type(self).__name__} does not propagate rows")
