@@ -154,14 +154,23 @@ def test_unknown_method_lists_names() -> None:
 
 RATIOS = [0, 0.0, -0.1, 1.0000001, 2, math.nan, math.inf, "0.1", True, [0.1]]
 NOT_INTEGERS = [1.0, "8", True, math.nan, [8]]
+SHARES = r"in \(0, 1\] or a list of such that"
+LAYERS, ROWS = "an integer >= 0 or a list of such that", "an integer >= 1 or a list of such that"
 BAD = [
-    *[(name, value, r"in \(0, 1\]") for name in ("retention_ratio", "tsp_ratio") for value in RATIOS],
+    *[("retention_ratio", value, r"in \(0, 1\]") for value in RATIOS],
+    *[("tsp_ratio", value, f"{SHARES} never rises") for value in RATIOS[:-1]],
+    *[("tsp_ratio", [0.9, value, 0.1], f"{SHARES} never rises") for value in RATIOS],
+    *[("tsp_ratio", value, f"{SHARES} never rises") for value in ([], (), {}, [0.2, 0.3], [0.5, 0.2, 0.3])],
+    *[("tsp_layer", value, f"{LAYERS} rises") for value in [-1, -7, *NOT_INTEGERS[:-1]]],
+    *[("tsp_layer", [0, 1, value], f"{LAYERS} rises") for value in [-1, *NOT_INTEGERS]],
+    *[("tsp_layer", value, f"{LAYERS} rises") for value in ([], [4, 2], [2, 2], [1, 5, 3])],
+    *[("tsp_tokens", value, f"{ROWS} never rises") for value in [0, -7, *NOT_INTEGERS[:-1]]],
+    *[("tsp_tokens", [90, value], f"{ROWS} never rises") for value in [0, *NOT_INTEGERS]],
+    *[("tsp_tokens", value, f"{ROWS} never rises") for value in ([], [200, 300], [500, 200, 300])],
     *[
         (name, value, f"an integer >= {low}")
         for name, low in {
             "budget": 1,
-            "tsp_layer": 0,
-            "tsp_tokens": 1,
             "window_size": 1,
             "num_sink": 0,
             "kernel_size": 1,
@@ -226,6 +235,48 @@ def test_keys_that_exclude_each_other(pair: tuple[str, str]) -> None:
 def test_late_layers_see_at_least_what_they_keep() -> None:
     with pytest.raises(ValueError, match=r"tsp_ratio must be at least retention_ratio = 0\.3: .*; got 0\.25"):
         make(retention_ratio=0.3, tsp_ratio=0.25)
+    with pytest.raises(ValueError, match=r"tsp_ratio must be at least retention_ratio = 0\.3: .*; got \[0\.5, 0\.25\]"):
+        make(retention_ratio=0.3, tsp_layer=[3, 5], tsp_ratio=[0.5, 0.25])
+    with pytest.raises(ValueError, match=r"tsp_tokens must be at least budget = 64: .*; got \[90, 63\]"):
+        make(budget=64, tsp_layer=[3, 5], tsp_tokens=[90, 63])
+
+
+CUTS: list[dict[str, Any]] = [
+    {"tsp_layer": [2, 4, 5], "tsp_ratio": [0.5, 0.3, 0.2]},
+    {"tsp_layer": [2, 4, 5], "tsp_ratio": [1, 0.3, 0.3]},
+    {"tsp_layer": [0, 6], "tsp_tokens": [300, 300]},
+    {"tsp_layer": [3], "tsp_ratio": [0.2]},
+]
+
+
+@pytest.mark.parametrize("mapping", CUTS, ids=str)
+def test_several_cuts_are_taken_and_survive_json(mapping: dict[str, Any]) -> None:
+    config = make(**mapping)
+    assert {name: getattr(config, name) for name in mapping} == {name: tuple(mapping[name]) for name in mapping}
+    assert config.uses_tsp and config.tsp_layers == tuple(mapping["tsp_layer"])
+    filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
+    assert filled.tsp_layers == config.tsp_layers
+    written = json.dumps(filled.to_mapping())
+    assert CompressionConfig(**json.loads(written)) == filled
+    assert json.loads(written) == filled.to_mapping(), "plain JSON types"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"tsp_layer": [2, 4]}, r"tsp_ratio must be a list as long as tsp_layer = \[2, 4\]; got None"),
+        ({"tsp_layer": [2, 4], "tsp_ratio": 0.2}, r"tsp_ratio must be a list as long as .*; got 0\.2"),
+        ({"tsp_layer": [2, 4], "tsp_tokens": 90}, r"tsp_tokens must be a list as long as .*; got 90"),
+        ({"tsp_layer": [2], "tsp_ratio": [0.5, 0.2]}, r"tsp_ratio must be a list as long as .*; got \[0\.5, 0\.2\]"),
+        ({"tsp_layer": 2, "tsp_ratio": [0.2]}, r"tsp_layer must be a list as long as tsp_ratio = \[0\.2\]; got 2"),
+        ({"tsp_ratio": [0.5, 0.2]}, r"tsp_layer must be a list as long as tsp_ratio = .*; got None"),
+        ({"tsp_tokens": [90, 80]}, r"tsp_layer must be a list as long as tsp_tokens = \[90, 80\]; got None"),
+    ],
+    ids=str,
+)
+def test_there_are_as_many_layers_as_shares(mapping: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**mapping)
 
 
 @pytest.mark.parametrize("name", TSP_KEYS)
@@ -248,7 +299,15 @@ def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
 
 
-@pytest.mark.parametrize("mapping", [{"retention_ratio": 1.0}, {"tsp_ratio": 1.0}, {"tsp_ratio": 1}], ids=str)
+OFF: list[dict[str, Any]] = [
+    {"retention_ratio": 1.0},
+    {"tsp_ratio": 1.0},
+    {"tsp_ratio": 1},
+    {"tsp_layer": [2, 4], "tsp_ratio": [1.0, 1.0]},
+]
+
+
+@pytest.mark.parametrize("mapping", OFF, ids=str)
 def test_ratio_one_switches_tsp_off(mapping: dict[str, Any]) -> None:
     config = make(**mapping)
     assert not config.uses_tsp
@@ -257,7 +316,7 @@ def test_ratio_one_switches_tsp_off(mapping: dict[str, Any]) -> None:
     if config.retention_ratio == 1.0:
         assert plan is LeftAlone.BUDGET_COVERS_PROMPT
     else:
-        assert isinstance(plan, PromptPlan) and plan.num_tsp is None
+        assert isinstance(plan, PromptPlan) and plan.cuts == ()
 
 
 def test_a_model_of_one_layer_is_refused_for_what_it_is() -> None:
@@ -272,6 +331,10 @@ def test_tsp_layer_is_followed_by_another(num_layers: int, layer: int) -> None:
     ):
         make(tsp_layer=layer).for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=512)
     assert make(tsp_layer=6).for_model(num_layers=8, num_kv_heads=2, max_model_len=512).tsp_layer == 6
+    with pytest.raises(ValueError, match=rf"tsp_layer must be in .*; got \[0, {layer}\]"):
+        make(tsp_layer=[0, layer], tsp_ratio=[0.5, 0.2]).for_model(
+            num_layers=num_layers, num_kv_heads=2, max_model_len=512
+        )
 
 
 def test_stash_takes_the_longest_prompt() -> None:
@@ -296,8 +359,13 @@ def test_method_gets_its_fields(method: str) -> None:
 
 
 def test_plan_turns_ratios_and_counts_into_entries() -> None:
-    ratio = make(retention_ratio=0.1, tsp_ratio=0.5).plan(1280, 32)
-    counts = make(budget=128, tsp_tokens=640).plan(1280, 32)
-    assert ratio == counts == PromptPlan(1280, 32, num_pages=4, num_tsp=640, window_size=8, num_sink=0, num_recent=8)
-    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, None, 8, 4, 8)
+    ratio = make(retention_ratio=0.1, tsp_layer=3, tsp_ratio=0.5).plan(1280, 32)
+    counts = make(budget=128, tsp_layer=3, tsp_tokens=640).plan(1280, 32)
+    assert (
+        ratio == counts == PromptPlan(1280, 32, num_pages=4, cuts=((3, 640),), window_size=8, num_sink=0, num_recent=8)
+    )
+    several = make(tsp_layer=[2, 4, 5], tsp_ratio=[0.5, 0.3, 0.2]).plan(1280, 32)
+    assert several == make(budget=128, tsp_layer=[2, 4, 5], tsp_tokens=[640, 384, 256]).plan(1280, 32)
+    assert isinstance(several, PromptPlan) and several.cuts == ((2, 640), (4, 384), (5, 256))
+    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, (), 8, 4, 8)
     assert make().plan(511, 32) is LeftAlone.SHORT

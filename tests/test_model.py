@@ -31,6 +31,7 @@ from benchmarks.roofline import (
     room_for,
     setting_of,
 )
+from fastkv_vllm.config import CompressionConfig
 
 PAGE = Path(__file__).parents[1] / "docs/planning.md"
 TINY = ModelShape(
@@ -142,6 +143,15 @@ def test_costs_of_compressing_a_tiny_shape() -> None:
     assert only(operations, "moving").memory_bytes == 4 * 2 * 2 * 2 * 112  # 102 entries are 7 blocks of 16
     assert only(operations, "stash").memory_bytes == 2 * (1024 + 204) * 8 * 2
     assert only(decode_operations(TINY, setting, Workload(1024)), "attention").flops == 4 * 4 * 2 * 112
+
+
+def test_cuts_of_a_tiny_shape() -> None:
+    config = CompressionConfig("fastkv", retention_ratio=0.1, tsp_layer=(0, 2), tsp_ratio=(0.5, 0.25))
+    setting = Setting("cuts", config)
+    assert setting.rows_of_layers(TINY, 1024) == {1024: 1, 512: 2, 256: 1}
+    operations = prefill_operations(TINY, setting, Workload(1024, tensor_parallel=2))
+    assert only(operations, "stash").memory_bytes == 2 * (1024 + 512 + 256) * 8 * 2
+    assert [o.link_bytes for o in operations if o.name == "sum of scores"] == [1024 * 4, 512 * 4]
 
 
 def test_streamingllm_scores_nothing() -> None:

@@ -24,7 +24,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "block_size": block_size,
         "num_kept": draw(st.one_of(st.integers(0, num_tokens), near)),
-        "num_tsp": draw(st.one_of(st.none(), st.integers(0, num_tokens + 1))),
+        "cuts": list(enumerate(sorted(draw(st.lists(st.integers(0, num_tokens + 1), max_size=4)), reverse=True))),
         "window_size": window_size,
         "num_sink": draw(st.integers(0, 40)),
         "num_recent": draw(st.integers(0, num_tokens)),
@@ -45,7 +45,7 @@ def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: in
     return ceil((len(forced) + 1) / block_size)
 
 
-def check_plan(plan: PromptPlan, num_kept: int, num_tsp: int | None) -> None:
+def check_plan(plan: PromptPlan, num_kept: int, cuts: list[tuple[int, int]]) -> None:
     """All that holds for a prompt that is compressed."""
     held = plan.num_pages + (plan.num_tail > 0)
     forced = pages_forced(plan.num_tokens, plan.block_size, plan.num_recent, plan.num_sink)
@@ -59,20 +59,21 @@ def check_plan(plan: PromptPlan, num_kept: int, num_tsp: int | None) -> None:
     assert plan.num_sink < plan.forced_from <= plan.num_tokens - plan.num_recent <= plan.num_tokens - plan.window_size
     assert plan.forced_from <= plan.num_tokens - plan.num_tail
     assert plan.num_sink + plan.num_tokens - plan.forced_from < plan.num_kept, "nothing is left to choose"
-    if num_tsp is None:
-        assert plan.num_tsp is None
-    elif plan.num_tsp is None:
-        assert num_tsp >= plan.num_tokens, "rows may all go on only where all were asked for"
-    else:
-        assert plan.num_tsp == max(num_tsp, plan.num_kept)
-        assert plan.num_kept <= plan.num_tsp < plan.num_tokens
+    seen = plan.num_tokens
+    for layer, wished in cuts:
+        rows = dict(plan.cuts).get(layer, seen)
+        assert rows == min(max(wished, plan.num_kept), plan.num_tokens)
+        assert (layer in dict(plan.cuts)) == (rows < seen), "a cut drops rows, or it is none"
+        seen = rows
+    assert {layer for layer, _ in plan.cuts} <= {layer for layer, _ in cuts}
+    assert list(plan.cuts) == sorted(plan.cuts)
 
 
 @given(arguments())
 @settings(max_examples=400, derandomize=True, deadline=None)
 def test_plans(arguments: dict[str, Any]) -> None:
     plan = plan_of(arguments)
-    check_plan(plan, arguments["num_kept"], arguments["num_tsp"])
+    check_plan(plan, arguments["num_kept"], arguments["cuts"])
     assert plan.num_recent == max(arguments["num_recent"], arguments["window_size"])
 
 
@@ -121,13 +122,13 @@ def test_every_short_prompt(block_size: int, window_size: int) -> None:
                 num_tokens,
                 block_size=block_size,
                 num_kept=num_kept,
-                num_tsp=num_tokens // 5,
+                cuts=[(3, num_tokens // 5)],
                 window_size=window_size,
                 num_sink=2,
                 min_tokens=window_size + 1,
             )
             if isinstance(plan, PromptPlan):
-                check_plan(plan, num_kept, num_tokens // 5)
+                check_plan(plan, num_kept, [(3, num_tokens // 5)])
                 compressed += 1
             else:
                 assert (plan is LeftAlone.SHORT) == (num_tokens <= window_size)
@@ -166,9 +167,34 @@ def test_retention_one_leaves_every_prompt_alone(method: str, block_size: int) -
 
 def test_a_plan_by_hand() -> None:
     """1000 tokens in blocks of 32: 31 whole ones and a tail of 8, which is the window."""
-    config = CompressionConfig("fastkv", retention_ratio=0.1)
+    config = CompressionConfig("fastkv", retention_ratio=0.1, tsp_layer=3)
     plan = config.plan(1000, 32)
-    assert plan == PromptPlan(1000, 32, num_pages=3, num_tsp=200, window_size=8, num_sink=0, num_recent=8)
+    assert plan == PromptPlan(1000, 32, num_pages=3, cuts=((3, 200),), window_size=8, num_sink=0, num_recent=8)
     assert (plan.num_whole_blocks, plan.num_tail, plan.forced_from) == (31, 8, 992)
     assert (plan.num_moved, plan.num_kept, plan.num_freed_blocks) == (96, 104, 28)
     assert [plan.peak_tokens(n) for n in (1, 1000, 1001, 1895, 1897)] == [1, 1000, 1000, 1000, 1001]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "cuts"),
+    [
+        (1000, ((2, 600), (4, 400), (5, 200))),
+        (600, ((4, 400), (5, 200))),  # the first cut would keep all rows
+        (300, ((5, 200),)),
+        (200, ()),
+    ],
+)
+def test_cuts_that_keep_all_rows_are_left_out(num_tokens: int, cuts: tuple[tuple[int, int], ...]) -> None:
+    config = CompressionConfig("fastkv", budget=64, min_tokens=100, tsp_layer=(2, 4, 5), tsp_tokens=(600, 400, 200))
+    plan = config.plan(num_tokens, 32)
+    assert isinstance(plan, PromptPlan) and plan.cuts == cuts
+
+
+def test_every_cut_leaves_what_stays() -> None:
+    """The window raises what stays above the last two cuts: the second is raised to it, the third drops nothing."""
+    config = CompressionConfig(
+        "fastkv", retention_ratio=0.1, window_size=300, tsp_layer=(2, 4, 5), tsp_ratio=(0.6, 0.2, 0.1)
+    )
+    plan = config.plan(1000, 32)
+    assert isinstance(plan, PromptPlan)
+    assert (plan.num_kept, plan.cuts) == (328, ((2, 600), (4, 328)))

@@ -2,7 +2,7 @@
 
 import ast
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,12 @@ from tests.reference.selection import select_positions, window_scores
 
 NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
 SNAPKV = Drop("snapkv", NUM_KEPT, FORCED_FROM)
-FASTKV = Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TSP, num_sink=2)
+FASTKV = Drop("fastkv", NUM_KEPT, FORCED_FROM, cuts=((TSP_LAYER, NUM_TSP),), num_sink=2)
+CUTS = Drop("fastkv", NUM_KEPT, FORCED_FROM, cuts=((2, 120), (4, NUM_TSP), (5, 50)))
 STREAMINGLLM = Drop("streamingllm", NUM_KEPT, FORCED_FROM, num_sink=4)
 AVERAGE = Drop("snapkv", NUM_KEPT, FORCED_FROM, window_size=5, kernel_size=3, pooling="avg")
 DROPS = pytest.mark.parametrize(
-    "drop", [SNAPKV, FASTKV, STREAMINGLLM, AVERAGE], ids=["snapkv", "fastkv", "streamingllm", "avg"]
+    "drop", [SNAPKV, FASTKV, CUTS, STREAMINGLLM, AVERAGE], ids=["snapkv", "fastkv", "cuts", "streamingllm", "avg"]
 )
 
 
@@ -82,7 +83,7 @@ def test_decode_equals_transformers_on_the_whole_text(
     assert logits.argmax(dim=-1).tolist() == generation.tokens
     torch.testing.assert_close(torch.tensor(generation.logprobs), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(torch.tensor(generation.margins), top[:, 0] - top[:, 1], rtol=0, atol=1e-4)
-    assert generation.kept == [] and generation.tsp_indices is None
+    assert generation.kept == [] and generation.tsp_indices == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +110,7 @@ def test_checkpoint_depends_on_the_seed_only(tmp_path: Path) -> None:
 def test_keeping_all_is_no_drop(family: str, checkpoint: Callable[[str], Path], prompt: list[int]) -> None:
     model = ReferenceModel(checkpoint(family))
     full = model.generate(prompt, max_tokens=20)
-    keep_all = Drop("fastkv", NUM_TOKENS, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TOKENS)
+    keep_all = Drop("fastkv", NUM_TOKENS, FORCED_FROM, cuts=((TSP_LAYER, NUM_TOKENS),))
     kept = model.generate(prompt, max_tokens=20, drop=keep_all)
     assert (kept.tokens, kept.logprobs) == (full.tokens, full.logprobs)
     assert all(torch.equal(head, torch.arange(NUM_TOKENS)) for layer in kept.kept for head in layer)
@@ -117,9 +118,7 @@ def test_keeping_all_is_no_drop(family: str, checkpoint: Callable[[str], Path], 
 
 def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> None:
     without = llama.generate(prompt, 20, SNAPKV)
-    with_tsp = llama.generate(
-        prompt, 20, Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_TOKENS)
-    )
+    with_tsp = llama.generate(prompt, 20, Drop("fastkv", NUM_KEPT, FORCED_FROM, cuts=((TSP_LAYER, NUM_TOKENS),)))
     assert with_tsp.tokens == without.tokens
     assert all(torch.equal(a, b) for a, b in zip(kept_of(with_tsp), kept_of(without), strict=True))
 
@@ -137,19 +136,25 @@ def test_kept_sets_are_sorted_counted_and_hold_the_forced(drop: Drop, llama: Ref
         assert all(forced <= set(head.tolist()) for head in layer)
 
 
-def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(llama: ReferenceModel, prompt: list[int]) -> None:
-    generation = llama.generate(prompt, 1, FASTKV)
-    propagated = set(generation.tsp_indices.tolist())
-    assert generation.tsp_indices.shape == (NUM_TSP,) and (generation.tsp_indices.diff() > 0).all()
-    assert {0, 1, *range(FORCED_FROM, NUM_TOKENS)} <= propagated
-    assert all(set(layer.flatten().tolist()) <= propagated for layer in kept_of(generation)[TSP_LAYER + 1 :])
-    assert any(set(layer.flatten().tolist()) - propagated for layer in kept_of(generation)[: TSP_LAYER + 1])
+@pytest.mark.parametrize("drop", [FASTKV, CUTS], ids=["one", "three"])
+def test_tsp_indices_are_sorted_counted_and_bound_the_late_layers(
+    drop: Drop, llama: ReferenceModel, prompt: list[int]
+) -> None:
+    generation = llama.generate(prompt, 1, drop)
+    seen, first = set(range(NUM_TOKENS)), 0
+    for (layer, num_rows), rows in zip(drop.cuts, generation.tsp_indices, strict=True):
+        propagated = set(rows.tolist())
+        assert rows.shape == (num_rows,) and (rows.diff() > 0).all()
+        assert {*range(drop.num_sink), *range(FORCED_FROM, NUM_TOKENS)} <= propagated < seen
+        assert all(set(kept.flatten().tolist()) <= propagated for kept in kept_of(generation)[layer + 1 :])
+        assert any(set(kept.flatten().tolist()) - propagated for kept in kept_of(generation)[first : layer + 1])
+        seen, first = propagated, layer + 1
 
 
 def test_a_late_layer_that_saw_fewer_keeps_them_all(llama: ReferenceModel, prompt: list[int]) -> None:
-    generation = llama.generate(prompt, 1, Drop("fastkv", 60, FORCED_FROM, tsp_layer=TSP_LAYER, num_tsp=NUM_KEPT))
+    generation = llama.generate(prompt, 1, Drop("fastkv", 60, FORCED_FROM, cuts=((TSP_LAYER, NUM_KEPT),)))
     assert [layer.shape[1] for layer in kept_of(generation)] == [60] * 4 + [NUM_KEPT] * 4
-    assert torch.equal(kept_of(generation)[-1], generation.tsp_indices.expand(2, -1))
+    assert torch.equal(kept_of(generation)[-1], generation.tsp_indices[0].expand(2, -1))
 
 
 def test_streamingllm_keeps_sinks_and_the_most_recent(llama: ReferenceModel, prompt: list[int]) -> None:
@@ -229,8 +234,8 @@ def test_kept_entries_outscore_the_dropped_by_transformers_attention(
         scores = pool(votes, drop.kernel_size, stride=1, padding=drop.kernel_size // 2).unflatten(0, (2, 2)).sum(dim=1)
         for head in range(2):
             assert_outscored(scores[head], kept[head], drop)
-    if generation.tsp_indices is not None:
-        assert_outscored(scores.sum(dim=0), generation.tsp_indices, drop)
+    for rows in generation.tsp_indices:
+        assert_outscored(scores.sum(dim=0), rows, drop)
 
 
 def assert_outscored(scores: Tensor, stayed: Tensor, drop: Drop) -> None:
@@ -250,7 +255,7 @@ def test_prefill_and_decode_equal_transformers_on_the_same_entries(
 ) -> None:
     generation = llama.generate(prompt, 60, drop)
     model = load_transformers(checkpoint("llama"))
-    logits, cache = prefill_and_drop(model, prompt, kept_of(generation), drop.tsp_layer, generation.tsp_indices)
+    logits, cache = prefill_and_drop(model, prompt, kept_of(generation), drop.cuts, generation.tsp_indices)
     for step, (token, logprob) in enumerate(zip(generation.tokens, generation.logprobs, strict=True)):
         assert int(logits.argmax()) == token, f"step {step}, margin {generation.margins[step]}"
         assert abs(float(logits.log_softmax(dim=-1)[token]) - logprob) < 1e-4
@@ -262,11 +267,12 @@ def prefill_and_drop(
     model: torch.nn.Module,
     prompt: list[int],
     kept: list[Tensor],
-    tsp_layer: int | None,
-    tsp_indices: Tensor | None,
+    cuts: Sequence[tuple[int, int]],
+    tsp_indices: Sequence[Tensor],
 ) -> tuple[Tensor, DynamicCache]:
-    """Transformers' layers one by one: cut the rows after tsp_layer, gather each head's kept entries."""
+    """Transformers' layers one by one: take the rows that go on after each cut, gather each head's kept entries."""
     full, compressed = DynamicCache(), DynamicCache()
+    rows_after = {layer: rows for (layer, _), rows in zip(cuts, tsp_indices, strict=True)}
     positions, hidden = torch.arange(len(prompt)), model.model.embed_tokens(torch.tensor([prompt]))
     for index, layer in enumerate(model.model.layers):
         rope = model.model.rotary_emb(hidden, positions[None])
@@ -277,8 +283,8 @@ def prefill_and_drop(
             for cache in (full.layers[index].keys, full.layers[index].values)
         ]
         compressed.update(*entries, index)
-        if index == tsp_layer:
-            hidden, positions = hidden[:, tsp_indices], tsp_indices
+        if index in rows_after:
+            hidden, positions = hidden[:, torch.isin(positions, rows_after[index])], rows_after[index]
     return model.lm_head(model.model.norm(hidden[0, -1])), compressed
 
 
@@ -292,8 +298,9 @@ def prefill_and_drop(
         ({"method": "h2o"}, "decay goes with h2o or a2sf"),
         ({"pooling": "min"}, "pooling must be"),
         ({"kernel_size": 4}, "must be odd"),
-        ({"tsp_layer": 3}, "go together"),
-        ({"method": "streamingllm", "tsp_layer": 3, "num_tsp": 9}, "needs a method with scores"),
+        ({"cuts": ((3, 90), (3, 80))}, "must rise"),
+        ({"cuts": ((3, 80), (4, 90))}, "must rise and their rows must not"),
+        ({"method": "streamingllm", "cuts": ((3, 9),)}, "cuts need a method with scores"),
     ],
 )
 def test_drop_refuses(settings: dict, message: str) -> None:
@@ -306,8 +313,8 @@ def test_drop_refuses(settings: dict, message: str) -> None:
     [
         (Drop("snapkv", NUM_KEPT, NUM_TOKENS - 7), "cover the window"),
         (
-            Drop("fastkv", NUM_KEPT, FORCED_FROM, tsp_layer=8, num_tsp=NUM_TSP),
-            r"tsp_layer must be in \[0, 8\)",
+            Drop("fastkv", NUM_KEPT, FORCED_FROM, cuts=((3, NUM_TSP), (8, NUM_TSP))),
+            r"layers of cuts must be in \[0, 8\)",
         ),
     ],
 )

@@ -101,17 +101,18 @@ def _engine(task: dict[str, Any], max_model_len: int) -> Any:
 def _positions(found: list[torch.Tensor], config: Any, num_tokens: int, num_layers: int) -> list[torch.Tensor]:
     """Kept positions per layer [H or 1, K] from a prompt's choices, in the order they were made.
 
-    A choice names columns of what its layer saw: the whole prompt up to the TSP layer, then the rows that went on. The
-    TSP layer chooses these rows before its entries. The block tail is never chosen: it stays.
+    A choice names columns of what its layer saw: the whole prompt up to the first cut, then the rows that went on. A
+    layer with a cut chooses these rows before its entries. The block tail is never chosen: it stays.
     """
     choices = iter(found)
     tail = torch.arange(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens)
     seen, kept = torch.arange(num_tokens), []
+    cuts = dict(config.plan(num_tokens, BLOCK_SIZE).cuts)
     for layer in range(num_layers):
-        rows = next(choices)[0] if config.uses_tsp and layer == config.tsp_layer else None
+        rows = next(choices)[0] if layer in cuts else None
         chosen = seen[next(choices)]
         kept.append(torch.cat([chosen, tail.expand(len(chosen), -1)], dim=1))
-        seen = seen if rows is None else rows
+        seen = seen if rows is None else seen[rows]
     if next(choices, None) is not None:
         raise RuntimeError(f"more choices than {num_layers} layers make: was the prompt computed twice?")
     return kept

@@ -5,6 +5,7 @@ least an ideal kernel moves: weights once, inputs and outputs of each product on
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -48,7 +49,7 @@ def prefill_operations(shape: ModelShape, setting: Setting, workload: Workload) 
     """All operations from the prompt to the first token.
 
     Layers 0..T see n = N rows, later ones n = max(t N, what stays), the rest of the formulae is the same. Compressing
-    adds scoring and moving in every layer, TSP adds the stash and the sum of the scores over ranks.
+    adds scoring and moving in every layer, TSP adds the stash and at each cut the sum of the scores over ranks.
     """
     plan = setting.plan(workload.context)
     operations = []
@@ -59,8 +60,7 @@ def prefill_operations(shape: ModelShape, setting: Setting, workload: Workload) 
             operations.append(_scoring(shape, setting, workload, rows=rows, layers=layers, window=plan.window_size))
     if plan is not None:
         operations.append(_moving(shape, setting, workload, num_moved=plan.num_moved))
-        if plan.num_tsp is not None:
-            operations += _propagation(shape, workload, num_tsp=plan.num_tsp)
+        operations += _propagation(shape, workload, [rows for _, rows in setting.cuts(shape, workload.context)])
     return [*operations, _output(shape, workload)]
 
 
@@ -122,14 +122,19 @@ def _moving(shape: ModelShape, setting: Setting, workload: Workload, *, num_move
     return Operation("moving", count=shape.num_layers, memory_bytes=moved)
 
 
-def _propagation(shape: ModelShape, workload: Workload, *, num_tsp: int) -> list[Operation]:
-    """The stash is written and read, the chosen rows too: 4 h (N + t N) bytes; 4 N bytes of scores are summed."""
-    moved = 2 * (workload.context + num_tsp) * shape.hidden_size * ACTIVATION_BYTES * workload.batch
-    scores = workload.context * SCORE_BYTES * workload.batch
-    return [
-        Operation("stash", memory_bytes=moved),
-        _all_reduce("sum of scores", scores, workload.tensor_parallel, count=1),
+def _propagation(shape: ModelShape, workload: Workload, rows_after: Sequence[int]) -> list[Operation]:
+    """The stash is written and read, the rows chosen at each cut too: 4 h (N + t N) bytes; at a cut that n rows reach
+    4 n bytes of scores are summed.
+    """
+    if not rows_after:
+        return []
+    moved = 2 * (workload.context + sum(rows_after)) * shape.hidden_size * ACTIVATION_BYTES * workload.batch
+    reached = [workload.context, *rows_after[:-1]]
+    sums = [
+        _all_reduce("sum of scores", rows * SCORE_BYTES * workload.batch, workload.tensor_parallel, count=1)
+        for rows in reached
     ]
+    return [Operation("stash", memory_bytes=moved), *sums]
 
 
 def _all_reduce(name: str, message_bytes: int, tensor_parallel: int, *, count: int) -> Operation:

@@ -1,6 +1,6 @@
 """What runs, and on what: the inputs of a prediction beside model and device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.roofline.shapes import ModelShape
 from fastkv_vllm.cache import PromptPlan
@@ -31,22 +31,28 @@ class Setting:
         plan = self.compression.plan(context, self.block_size) if self.compression is not None else None
         return plan if isinstance(plan, PromptPlan) else None
 
+    def cuts(self, shape: ModelShape, context: int) -> tuple[tuple[int, int], ...]:
+        """Layers of this model after which fewer rows of a prompt go on, and how many."""
+        if self.compression is None:
+            return ()
+        filled = self.compression.for_model(
+            num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, max_model_len=context
+        )
+        plan = replace(self, compression=filled).plan(context)
+        return () if plan is None else plan.cuts
+
     @property
     def scores(self) -> bool:
         """Whether window queries are held against all keys."""
         return self.compression is not None and "queries" in method_class(self.compression.method).needs
 
     def rows_of_layers(self, shape: ModelShape, context: int) -> dict[int, int]:
-        """Rows a layer sees of a prompt -> number of such layers; TSP gives two groups, else there is one."""
-        plan = self.plan(context)
-        if plan is None or plan.num_tsp is None:
-            return {context: shape.num_layers}
-        assert self.compression is not None, "a plan comes from a configuration"
-        layer = self.compression.for_model(
-            num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, max_model_len=context
-        ).tsp_layer
-        assert layer is not None, "filled in for a model"
-        return {context: layer + 1, plan.num_tsp: shape.num_layers - layer - 1}
+        """Rows a layer sees of a prompt -> number of such layers; a group more for each cut of TSP."""
+        groups, rows, first = {}, context, 0
+        for layer, num_rows in self.cuts(shape, context):
+            groups[rows] = layer + 1 - first
+            rows, first = num_rows, layer + 1
+        return {**groups, rows: shape.num_layers - first}
 
     def entries_of_layers(self, shape: ModelShape, workload: "Workload") -> tuple[int, ...]:
         """Entries each layer holds per KV head and request after `workload.generated` tokens."""

@@ -36,7 +36,7 @@ class Setup:
 
     @property
     def propagates(self) -> bool:
-        """Whether fewer rows must leave the TSP layer than reached it."""
+        """Whether fewer rows must leave the last TSP layer than reached the first."""
         return self.compresses and "tsp_layer" in self.config
 
     @property
@@ -48,6 +48,12 @@ PLAIN = Setup("plain")
 UNLOADED = Setup("unloaded", environment={"VLLM_PLUGINS": ""})
 SNAPKV = Setup("snapkv", "snapkv", {"retention_ratio": 0.1})
 FASTKV = Setup("fastkv", "fastkv", {"retention_ratio": 0.1, "tsp_layer": 7, "tsp_ratio": 0.2})
+# One cut after half of the layers cannot make a prompt faster than 2 times; earlier, milder ones can.
+CUTS = Setup(
+    "fastkv, three cuts",
+    "fastkv",
+    {"retention_ratio": 0.1, "tsp_layer": [3, 7, 11], "tsp_ratio": [0.5, 0.25, 0.125]},
+)
 RETAINING = Setup("retention 1.0", "snapkv", {"retention_ratio": 1.0})
 CACHED = Setup("plain, prefix caching", engine={"enable_prefix_caching": True})
 CACHED_SNAPKV = Setup("snapkv, prefix caching", "snapkv", {"retention_ratio": 0.1}, {"enable_prefix_caching": True})
@@ -124,4 +130,4 @@ def require_done(setup: Setup, counters: Counters | None, *, num_prompts: int, n
         sent = f"{num_prompts} prompts to {verb}, {num_preemptions} preemptions"
         raise RuntimeError(f"{setup.name}: {sent}; the engine counted {counters}")
     if setup.propagates != (counters.tsp_rows_out < counters.tsp_rows_in):
-        raise RuntimeError(f"{setup.name}: rows that went on after the TSP layer: {counters}")
+        raise RuntimeError(f"{setup.name}: rows that went on after the last TSP layer: {counters}")

@@ -12,6 +12,7 @@ from benchmarks.speed.load import (
     ADAKV,
     CACHED,
     CACHED_SNAPKV,
+    CUTS,
     EVEN_HEADS,
     FASTKV,
     FP8,
@@ -77,11 +78,12 @@ def measure_engine(model: Path, setup: Setup, load: Load) -> dict[str, Any]:
 
 
 def _ttft(quick: bool) -> dict[str, Case]:
+    setups = (*METHODS, CUTS)
     if quick:
-        return {f"ttft-{n}": Case(f"{n} / 512", Load(1, n, 8, 512), METHODS) for n in (1024, 2048)}
+        return {f"ttft-{n}": Case(f"{n} / 512", Load(1, n, 8, 512), setups) for n in (1024, 2048)}
     # The longest takes minutes a process: one round less says enough.
     lengths = {2048: 3, 4096: 3, 8192: 3, 16384: 2, 32768: 1}
-    return {f"ttft-{n}": Case(f"{n} / 2048", Load(1, n, 32), METHODS, rounds) for n, rounds in lengths.items()}
+    return {f"ttft-{n}": Case(f"{n} / 2048", Load(1, n, 32), setups, rounds) for n, rounds in lengths.items()}
 
 
 def _prefill(quick: bool) -> dict[str, Case]:

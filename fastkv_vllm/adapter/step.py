@@ -16,8 +16,8 @@ _STATS = "fastkv_stats"
 class WorkerStats:
     """What a worker did in one step; the scheduler adds it to its totals.
 
-    Fields: TSP rows that reached the TSP layer and that went on, bytes of stashed rows now held, microseconds spent
-    scoring and selecting, microseconds spent moving entries.
+    Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
+    microseconds spent scoring and selecting, microseconds spent moving entries.
     """
 
     tsp_rows_in: int = 0

@@ -21,7 +21,7 @@ class Method(ABC):
     Class attributes (declared, never inferred; tables, help and conflict checks are derived from them):
         source: paper and section the arithmetic follows.
         needs: names of the inputs of `score`, out of "queries", "keys", "positions", "column_sums".
-        propagates: the method also chooses the rows that go on after the TSP layer.
+        propagates: the method also chooses the rows that go on after a cut.
         one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay: the fields
             of CompressionConfig without `default_`, when the configuration does not say.
@@ -71,7 +71,7 @@ class Method(ABC):
         """
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Rating [N] of whole rows at the TSP layer, from that layer's `score` [H, N] (this rank's heads)."""
+        """Rating [N] of whole rows at a layer with a cut, from that layer's `score` [H, N] (this rank's heads)."""
         raise TypeError(f"{type(self).__name__} does not propagate rows")
 
 

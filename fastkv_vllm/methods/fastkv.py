@@ -13,10 +13,11 @@ from fastkv_vllm.methods.registry import register
 @register("fastkv")
 @dataclass(frozen=True)
 class FastKV(Method):
-    """Window scorer + uniform budget + one cut of the rows (token-selective propagation, TSP).
+    """Window scorer + uniform budget + cuts of the rows (token-selective propagation, TSP).
 
     Layers up to and including the TSP layer see the whole prompt. There the scores of all KV heads are added and
-    the best rows go on, with their true positions; later layers rate and keep out of what they saw.
+    the best rows go on, with their true positions; later layers rate and keep out of what they saw. The paper has one
+    such layer; with more, each chooses out of the rows the one before it let through.
 
     Source: arXiv 2502.01068 v3, sections 3-4, and the authors' code of November 2025 (pool before the group sum,
     max pooling). Differences: kept counts are whole pages, late layers see at least what they keep, and prompts

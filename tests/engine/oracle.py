@@ -106,8 +106,11 @@ def _generate(
         kept = set(chosen)
         rated = [(p, s) for p, s in zip(positions, scores, strict=False) if not drop.is_forced(p)]
         inside, outside = [s for p, s in rated if p in kept], [s for p, s in rated if p not in kept]
-        if inside and outside and min(inside) > max(outside):
-            gaps.append((min(inside) - max(outside)) / abs(min(inside)))
+        if inside and outside:
+            last = min(inside)
+            # Pooling makes equal neighbours: where some equals of the last stay and some go, one above may take over.
+            rivals = outside if last > max(outside) else [*inside, *outside]
+            gaps.extend(abs(last - score) / abs(last) for score in rivals if score != last)
         return chosen
 
     def count_and_measure(
