@@ -31,6 +31,7 @@ from benchmarks.roofline import (
     room_for,
     setting_of,
 )
+from fastkv_vllm.config import CompressionConfig
 
 PAGE = Path(__file__).parents[1] / "docs/planning.md"
 TINY = ModelShape(
