@@ -83,8 +83,8 @@ print(json.dumps(found))
 # name -> (arguments after `vllm serve .`, what the error line says after its prefix)
 MISTAKES = {
     "method": (
-        ["--kv-compression", "h2o"],
-        f"argument --kv-compression: invalid choice: 'h2o' (choose from {', '.join(map(repr, method_names()))})",
+        ["--kv-compression", "h3o"],
+        f"argument --kv-compression: invalid choice: 'h3o' (choose from {', '.join(map(repr, method_names()))})",
     ),
     "json": (
         ["--kv-compression", "fastkv", "--kv-compression-config", "{budget: 4}"],

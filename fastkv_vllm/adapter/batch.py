@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastkv_vllm.adapter.ragged import HeadPages
+from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.cache import PromptPlan
 
 
@@ -18,6 +19,7 @@ class PrefillRows:
     Fields:
         request_id: whose they are.
         plan: what will stay of its prompt.
+        recipe: how that is chosen.
         first: number of the first row in the batch.
         count: rows.
         start: entries of the prompt cached before these rows; 0 where the layer sees all entries at once.
@@ -28,6 +30,7 @@ class PrefillRows:
 
     request_id: str
     plan: PromptPlan
+    recipe: Recipe
     first: int
     count: int
     start: int

@@ -11,7 +11,6 @@ from fastkv_vllm.adapter.batch import PrefillRows
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.step import WorkerStats
-from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.column_sums import column_sums
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods import add_heads
@@ -28,9 +27,11 @@ class Compressor:
 
     Pages of uneven budgets cross layers and heads, so they are shared and moved when the whole step has run.
 
+    Each prompt has its own recipe.
+
     Fields:
         layout: how a page is laid out inside; set with the cache.
-        pool: all layers' pages; set with the cache where budgets are uneven.
+        pool: all layers' pages; set with the cache.
         held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
         windows: (request, layer) -> window queries by position, [W, Hq, D].
@@ -40,15 +41,12 @@ class Compressor:
         stats: figures of the current step.
     """
 
-    def __init__(self, config: CompressionConfig) -> None:
-        self.config = config
-        self.method = config.make_method()
+    def __init__(self) -> None:
         self.windows: dict[tuple[str, int], torch.Tensor] = {}
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.stash: dict[str, torch.Tensor] = {}
         self.selected: dict[str, torch.Tensor] = {}
         self.stats = WorkerStats()
-        self.allocator = config.make_allocator()
         self.layout: PageLayout | None = None
         self.pool: PagePool | None = None
         self.held: dict[str, HeadPages] = {}
@@ -64,8 +62,7 @@ class Compressor:
         """
         _, _, block_size, width = kv_caches[0].shape
         self.layout = PageLayout.probe(block_size=block_size, head_dim=width // 2, dtype=kv_caches[0].dtype, isa=isa)
-        if self.allocator.is_ragged:
-            self.pool = PagePool.of(kv_caches, self.layout)
+        self.pool = PagePool.of(kv_caches, self.layout)
 
     def end_step(self) -> None:
         """Drop what is held within a step only."""
@@ -116,8 +113,8 @@ class Compressor:
                 inputs = self._inputs(prefill, layer, scale, query, key, kv_cache)
                 if prefill.destination is None:
                     continue
-                scores = self.method.score(**inputs)
-                if self.config.value_norms:
+                scores = prefill.recipe.method.score(**inputs)
+                if prefill.recipe.config.value_norms:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
                 scores = self._settle(prefill, layer, scores)
                 scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
@@ -154,7 +151,7 @@ class Compressor:
         plan, pool = prefill.plan, self.pool
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
         with self._timed("score_us"):
-            counts = self.allocator.pages(plan, scores, pool.num_heads)
+            counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads)
             held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
             kept = [
                 select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
@@ -211,7 +208,7 @@ class Compressor:
         kv_cache: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """What the method's `score` takes, or nothing where the prompt goes on: what it will need is kept."""
-        needs, ends = self.method.needs, prefill.destination is not None
+        needs, ends = prefill.recipe.method.needs, prefill.destination is not None
         inputs = {}
         if "queries" in needs and not ends:
             self._keep_window(prefill, layer, query)
@@ -232,7 +229,7 @@ class Compressor:
 
     def _add_up(self, prefill: PrefillRows, layer: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""
-        decay = self.config.decay
+        decay = prefill.recipe.config.decay
         assert decay is not None, "filled in by CompressionConfig"
         sums = column_sums(query[prefill.rows], keys, start=prefill.start, decay=decay)
         if prefill.start:
@@ -262,11 +259,12 @@ class Compressor:
         """
         positions = self._positions(prefill)
         forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
-        if self.method.one_choice:
+        method = prefill.recipe.method
+        if method.one_choice:
             scores = tensor_model_parallel_all_reduce(add_heads(scores).clone()).unsqueeze(0)
         num_rows = dict(prefill.plan.cuts).get(layer)
         if num_rows is not None:
-            rating = tensor_model_parallel_all_reduce(self.method.propagation_scores(scores).clone())
+            rating = tensor_model_parallel_all_reduce(method.propagation_scores(scores).clone())
             rating = rating.masked_fill(forced, float("inf"))
             self.selected[prefill.request_id] = positions[select(rating.unsqueeze(0), num_rows)[0]]
         return scores.masked_fill(forced, float("inf"))

@@ -28,13 +28,18 @@ class Conflict:
         needs: what must hold.
         found: (vLLM's configuration) -> what is there instead; None where it holds.
         remedy: what the user can do.
-        concerns: (our configuration) -> whether it needs this at all.
+        concerns: (our configuration) -> whether it needs this at all; None: each does.
     """
 
     needs: str
     found: Callable[[Any], str | None]
     remedy: str
-    concerns: Callable[[CompressionConfig], bool] = lambda config: True
+    concerns: Callable[[CompressionConfig], bool] | None = None
+
+    def line(self, vllm_config: VllmConfig) -> str | None:
+        """One sentence where the configuration does not have what is needed."""
+        found = self.found(vllm_config)
+        return None if found is None else f"it needs {self.needs} and got {found}; {self.remedy}"
 
 
 def _unless(holds: bool, found: str) -> str | None:
@@ -138,10 +143,16 @@ def require_no_conflicts(vllm_config: VllmConfig, config: CompressionConfig) -> 
     Raises:
         ValueError: one line per conflict, each naming both sides and what to do.
     """
-    lines = [
-        f"- it needs {conflict.needs} and got {found}; {conflict.remedy}"
-        for conflict in CONFLICTS
-        if conflict.concerns(config) and (found := conflict.found(vllm_config)) is not None
-    ]
+    lines = [line for conflict in CONFLICTS if conflict.concerns is None and (line := conflict.line(vllm_config))]
+    lines += conflicts_of_method(vllm_config, config)
     if lines:
-        raise ValueError("\n".join([f"--kv-compression {config.method} cannot run:", *lines]))
+        raise ValueError("\n".join([f"--kv-compression {config.method} cannot run:", *(f"- {line}" for line in lines)]))
+
+
+def conflicts_of_method(vllm_config: VllmConfig, config: CompressionConfig) -> list[str]:
+    """What this method or its settings need, beyond what all compression does, and the configuration has not."""
+    return [
+        line
+        for conflict in CONFLICTS
+        if conflict.concerns is not None and conflict.concerns(config) and (line := conflict.line(vllm_config))
+    ]

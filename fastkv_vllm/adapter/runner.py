@@ -16,9 +16,9 @@ from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionM
 from fastkv_vllm.adapter.batch import Batch, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
-from fastkv_vllm.adapter.step import attach_stats, plan_of
+from fastkv_vllm.adapter.recipe import recipe_of
+from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
-from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import StepPlan
 
 
@@ -30,8 +30,8 @@ class CPUCompressionRunner(CPUModelRunner):
 
     def start_compression(self) -> None:
         """Set up what compression holds; call once, after vLLM's own initialiser."""
-        self.compressor = Compressor(compression_config(self.vllm_config))
-        self._plan: StepPlan | None = None
+        self.compressor = Compressor()
+        self._orders: Orders | None = None
         self._tsp: TSPStep | None = None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -44,13 +44,14 @@ class CPUCompressionRunner(CPUModelRunner):
         self._layer_names = {extract_layer_index(name): name for name in names}
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        self._plan = plan_of(scheduler_output)
+        orders = self._orders = orders_of(scheduler_output)
+        plan = orders.plan
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
             if self._builder.batch is not None:
                 self.compressor.finish(self._builder.batch.prefills)
         finally:
-            plan, self._plan, self._tsp = self._plan, None, None
+            self._orders, self._tsp = None, None
             self._builder.batch = None
             self.compressor.end_step()
         for request_id, destination in plan.destinations.items():
@@ -65,9 +66,9 @@ class CPUCompressionRunner(CPUModelRunner):
         return output
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
-        if self._plan is None:  # a dummy run
+        if self._orders is None:  # a dummy run
             return super()._build_attention_metadata(*args, **kwargs)
-        batch = self._make_batch(self._plan)
+        batch = self._make_batch(self._orders)
         self._builder.batch = batch
         metadata = super()._build_attention_metadata(*args, **kwargs)
         if any(prefill.plan.cuts for prefill in batch.prefills):
@@ -84,8 +85,9 @@ class CPUCompressionRunner(CPUModelRunner):
             hidden = super()._model_forward(*args, **kwargs)
         return self._tsp.scatter(hidden, kwargs["positions"].shape[0])
 
-    def _make_batch(self, plan: StepPlan) -> Batch:
-        """The step's plan in terms of the rows of the persistent batch."""
+    def _make_batch(self, orders: Orders) -> Batch:
+        """The step's orders in terms of the rows of the persistent batch."""
+        plan = orders.plan
         block_size = self._builder.block_size
         starts = self.query_start_loc.np
         table = self.input_batch.block_table[0].get_cpu_tensor()
@@ -103,6 +105,7 @@ class CPUCompressionRunner(CPUModelRunner):
                     PrefillRows(
                         request_id=request_id,
                         plan=prompt,
+                        recipe=recipe_of(orders.configs[request_id]),
                         first=int(starts[row]),
                         count=int(starts[row + 1] - starts[row]),
                         start=int(self.input_batch.num_computed_tokens_cpu[row]),

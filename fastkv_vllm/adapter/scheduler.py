@@ -11,12 +11,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
 from fastkv_vllm.adapter.request import context_tokens
-from fastkv_vllm.adapter.step import CompressionStats, attach_plan, stats_of
+from fastkv_vllm.adapter.step import CompressionStats, Orders, attach_orders, stats_of
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
+from fastkv_vllm.config import CompressionConfig
 
 logger = logging.getLogger("vllm.fastkv")
 
@@ -32,6 +34,7 @@ class _CompressionMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.compression = compression_config(self.vllm_config)
+        self._choice = Choice(self.vllm_config, self.compression)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if len(managers) != 1 or type(managers[0]) is not CompressingManager:
             raise RuntimeError(
@@ -85,10 +88,8 @@ class _CompressionMixin(Scheduler):
         for rid in ended:
             self._count_compressed(rid, prefills[rid])
         partial = frozenset(rid for rid in self.manager.plans if rid not in self.manager.null_blocks)
-        attach_plan(
-            scheduler_output,
-            StepPlan(prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks)),
-        )
+        plan = StepPlan(prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks))
+        attach_orders(scheduler_output, Orders(plan, {rid: self._config(self.requests[rid]) for rid in prefills}))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -117,11 +118,19 @@ class _CompressionMixin(Scheduler):
             self.manager.check_integrity()
             self._next_integrity_check = time.monotonic() + _INTEGRITY_PERIOD_S
 
+    def _config(self, request: Request) -> CompressionConfig:
+        config = self._choice.of(request.sampling_params)
+        assert config is not None, f"{request.request_id} wants no compression and has a plan"
+        return config
+
     def _plan(self, request: Request) -> PromptPlan | LeftAlone:
         if request.streaming_queue is not None:
             return LeftAlone.SESSION
+        config = self._choice.of(request.sampling_params)
+        if config is None:
+            return LeftAlone.REQUESTED
         num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
-        return self.compression.plan(num_tokens, self.manager.block_size)
+        return config.plan(num_tokens, self.manager.block_size)
 
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
         for stats in (self.totals, self._unreported):
@@ -131,7 +140,7 @@ class _CompressionMixin(Scheduler):
             stats.blocks_freed += plan.num_freed_blocks
         logger.debug(
             "%s: request %s compressed from %d to %d entries per head, rows after layers: %s, %d blocks freed",
-            self.compression.method,
+            self._config(self.requests[request_id]).method,
             request_id,
             plan.num_tokens,
             plan.num_kept,

@@ -1,14 +1,16 @@
 """How plans and figures ride on vLLM's own messages between scheduler and workers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from fastkv_vllm.cache import StepPlan
+from fastkv_vllm.config import CompressionConfig
 
 # Plain attributes of upstream's dataclasses: they survive pickling through the executor's message queue.
-_PLAN = "fastkv_plan"
+_ORDERS = "fastkv_orders"
 _STATS = "fastkv_stats"
 
 
@@ -45,19 +47,32 @@ class CompressionStats:
         self.worker.stash_bytes = stats.stash_bytes
 
 
-def attach_plan(output: SchedulerOutput, plan: StepPlan) -> None:
-    setattr(output, _PLAN, plan)
+@dataclass(frozen=True)
+class Orders:
+    """What a step's workers must do.
+
+    Fields:
+        plan: of the step.
+        configs: request in `plan.prefills` -> its configuration.
+    """
+
+    plan: StepPlan
+    configs: Mapping[str, CompressionConfig]
 
 
-def plan_of(output: SchedulerOutput) -> StepPlan:
-    """Plan of a step.
+def attach_orders(output: SchedulerOutput, orders: Orders) -> None:
+    setattr(output, _ORDERS, orders)
+
+
+def orders_of(output: SchedulerOutput) -> Orders:
+    """Orders of a step.
 
     Raises:
         RuntimeError: the step was not scheduled by a compressing scheduler.
     """
-    if _PLAN not in vars(output):
+    if _ORDERS not in vars(output):
         raise RuntimeError("a step without a compression plan reached a compressing worker: not our scheduler")
-    return vars(output)[_PLAN]
+    return vars(output)[_ORDERS]
 
 
 def attach_stats(output: ModelRunnerOutput, stats: WorkerStats) -> None:

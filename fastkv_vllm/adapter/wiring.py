@@ -8,6 +8,7 @@ from typing import Any
 from vllm import envs
 from vllm.config import VllmConfig
 
+from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
 from fastkv_vllm.adapter.patches.engine_args_init import configured
@@ -88,7 +89,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
-    validate_request.install(uses_tsp=config.uses_tsp)
+    validate_request.install(Choice(vllm_config, config))
     measured = None if config.head_weights is None else "given for each layer and KV head"
     rows = {
         **config.to_mapping(),

@@ -21,6 +21,7 @@ class LeftAlone(Enum):
     SHORT = "short"
     BUDGET_COVERS_PROMPT = "budget_covers_prompt"
     SESSION = "session"  # its prompt may still grow
+    REQUESTED = "requested"  # the request wants no compression
 
 
 @dataclass(frozen=True)

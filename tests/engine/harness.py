@@ -21,6 +21,7 @@ os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 
 from fastkv_vllm.cache import PromptPlan  # noqa: E402
+from fastkv_vllm.config import CompressionConfig  # noqa: E402
 from tests.engine.oracle import BLOCK_SIZE, clear, plan_of, reference  # noqa: E402
 
 # Two ways to add float32 numbers differ by 2e-5 here; one missing or misplaced row moves a logprob by more than 1e-2.
@@ -175,9 +176,16 @@ class Engine:
         return outputs
 
     def require_reference(
-        self, prompt: tuple[int, ...], output: RequestOutput, max_tokens: int, num_context: int | None = None
+        self,
+        prompt: tuple[int, ...],
+        output: RequestOutput,
+        max_tokens: int,
+        num_context: int | None = None,
+        config: CompressionConfig | str | None = "served",
     ) -> None:
-        expected = reference(self.checkpoint, self.config, prompt, max_tokens, num_context)
+        """The reference's tokens and logprobs, with the server's configuration or that of the request."""
+        config = self.config if config == "served" else config
+        expected = reference(self.checkpoint, config, prompt, max_tokens, num_context)
         where = f"prompt of {len(prompt)} tokens, {output.num_cached_tokens} of them from the prefix cache"
         tokens = list(output.outputs[0].token_ids)
         for step, (got, want) in enumerate(zip(tokens, expected.tokens, strict=True)):

@@ -108,7 +108,7 @@ def _generate(
         inside, outside = [s for p, s in rated if p in kept], [s for p, s in rated if p not in kept]
         if inside and outside:
             last = min(inside)
-            # Pooling makes equal neighbours: where some equals of the last stay and some go, one above may take over.
+            # Pooling makes equal neighbours: where some equals of the last go, one above it may trade places, too.
             rivals = outside if last > max(outside) else [*inside, *outside]
             gaps.extend(abs(last - score) / abs(last) for score in rivals if score != last)
         return chosen

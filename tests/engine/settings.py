@@ -31,4 +31,17 @@ RAGGED = {
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
+# Name -> method and configuration of requests that are served together.
+REQUESTS = {
+    "fastkv": ("fastkv", TSP),
+    "fastkv-cuts": ("fastkv", CUTS),
+    "snapkv": ("snapkv", SMALL | {"retention_ratio": 0.3}),
+    "none": ("none", {}),
+    "tova": ("tova", SMALL | {"retention_ratio": 0.15}),
+    "vatp": ("vatp", SMALL | {"budget": 100, "retention_ratio": None}),
+    "h2o": ("h2o", SMALL),
+    "adakv": ("adakv", SMALL | {"retention_ratio": 0.25}),
+    "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
+    "streamingllm": ("streamingllm", SMALL | {"retention_ratio": 0.1}),
+}
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

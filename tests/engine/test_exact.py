@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.engine.oracle import make_prompts
+from fastkv_vllm.cache import PromptPlan
+from tests.engine.oracle import make_prompts, plan_of
 from tests.engine.settings import EXACT, MIXED
 
 
@@ -22,6 +23,17 @@ def test_mixed_requests(engine, step_tokens):
     with engine.step_tokens(step_tokens), engine.watch():
         engine.check(MIXED)
         assert len(engine.free_blocks) >= sum(map(len, MIXED)) / step_tokens, "prompts were not cut into chunks"
+
+
+def test_rows_are_counted_before_the_first_cut_and_after_the_last(engine):
+    worker = engine.totals.worker
+    before = worker.tsp_rows_in, worker.tsp_rows_out
+    with engine.step_tokens(100):
+        engine.check(MIXED[:3], max_tokens=2)
+    plans = [plan_of(engine.config, len(prompt)) for prompt in MIXED[:3]]
+    cut = [plan for plan in plans if isinstance(plan, PromptPlan) and plan.cuts]
+    assert worker.tsp_rows_in - before[0] == sum(plan.num_tokens for plan in cut)
+    assert worker.tsp_rows_out - before[1] == sum(plan.cuts[-1][1] for plan in cut)
 
 
 @pytest.mark.parametrize("last", range(1, 8))

@@ -12,11 +12,6 @@ VARIANTS = {
     "snapkv-sinks": ("snapkv", SMALL | {"num_sink": 3}),
     "fastkv-tokens": ("fastkv", {"min_tokens": 128, "budget": 100, "tsp_tokens": 150, "tsp_layer": 3}),
     "fastkv-two": ("fastkv", SMALL | {"tsp_layer": [0, 6], "tsp_ratio": [0.5, 0.2]}),
-    # Prompts of one batch are cut at other layers: the first cut keeps all rows of some, the last two are equal.
-    "fastkv-cuts-tokens": (
-        "fastkv",
-        {"min_tokens": 128, "budget": 100, "tsp_layer": [1, 4, 5, 6], "tsp_tokens": [900, 720, 300, 300]},
-    ),
     "fastkv-first": ("fastkv", TSP | {"tsp_layer": 0}),
     "fastkv-last": ("fastkv", TSP | {"tsp_layer": 6}),
     "fastkv-window": ("fastkv", TSP | {"window_size": 45}),
@@ -35,6 +30,17 @@ def test_mixed_requests(start, variant):
     assert any(drop_of(engine.config, len(p)) != _default_drop(engine.config, method, len(p)) for p in MIXED)
     with engine.step_tokens(100):
         engine.check(MIXED)
+
+
+def test_prompts_of_one_step_are_cut_after_different_layers(start):
+    """The first cut would keep all rows of the shorter prompt, the last what stays of the longer one."""
+    settings = {"retention_ratio": 0.28, "tsp_layer": [1, 4, 5], "tsp_tokens": [900, 300, 200]}
+    engine = start("fastkv", SMALL | settings)
+    layers = [[layer for layer, _ in drop_of(engine.config, len(prompt)).cuts] for prompt in MIXED[:2]]
+    assert layers == [[1, 4], [4, 5]]
+    for step_tokens in (100, 2048):
+        with engine.step_tokens(step_tokens):
+            engine.check(MIXED)
 
 
 def _default_drop(config, method, num_tokens):

@@ -1,5 +1,7 @@
 """`vllm serve --kv-compression fastkv` as a client sees it: answers, figures, log."""
 
+import json
+
 import openai
 import pytest
 
@@ -91,6 +93,25 @@ def test_a_bad_context_is_an_error_of_that_request(compressing_server):
     with pytest.raises(openai.BadRequestError, match=r"kv_context_tokens must be an integer in 1\.\."):
         complete(compressing_server, LONG[0], extra_body={"vllm_xargs": {"kv_context_tokens": 100_000}})
     assert complete(compressing_server, SHORT).choices[0].text.strip() == SHORT.answer
+
+
+def test_a_request_chooses_its_method(compressing_server):
+    """Another method and settings, none at all, and one that does not exist; the counters tell which was done."""
+
+    def ask(**extra):
+        before = compressing_server.metrics()
+        text = complete(compressing_server, LONG[0], extra_body={"vllm_xargs": extra}).choices[0].text.strip()
+        after = compressing_server.metrics()
+        names = ("vllm:fastkv_prompt_tokens_kept_total", "vllm:fastkv_tsp_rows_out_total")
+        return text, *(sample_value(after, name) - sample_value(before, name) for name in names)
+
+    settings = json.dumps({"budget": 500})
+    text, kept, cut = ask(kv_compression="snapkv", kv_compression_config=settings)
+    assert text == LONG[0].answer and 500 - 128 < kept <= 500 and cut == 0
+    text, kept, cut = ask(kv_compression="none")
+    assert text == LONG[0].answer and (kept, cut) == (0, 0)
+    with pytest.raises(openai.BadRequestError, match="unknown compression method 'h3o'; known: "):
+        ask(kv_compression="h3o")
 
 
 def test_a_client_that_goes_away_leaves_nothing(compressing_server):

@@ -1,0 +1,103 @@
+"""Which compression a request gets: the server's, another method or other settings, or none."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+
+from fastkv_vllm.adapter.conflicts import conflicts_of_method
+from fastkv_vllm.config import CompressionConfig
+
+METHOD, SETTINGS = "kv_compression", "kv_compression_config"
+NONE = "none"
+_INSTEAD = dict(
+    (pair for a, b in (("retention_ratio", "budget"), ("tsp_ratio", "tsp_tokens")) for pair in ((a, b), (b, a)))
+)
+_REMEMBERED = 128
+
+
+class Choice:
+    """Configurations of requests, by `kv_compression` and `kv_compression_config` in `vllm_xargs`.
+
+    Settings change the server's own where the method is the server's, and the method's defaults where it is another.
+    Front end and scheduler read a request alike; the front end refuses what cannot be had.
+
+    Args:
+        vllm_config: finished, with compression wired in.
+        default: the server's configuration, filled in for the model.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, default: CompressionConfig) -> None:
+        self.default = default
+        self._vllm_config = vllm_config
+        self._make = lru_cache(_REMEMBERED)(self._make_uncached)  # an engine lives as long as its process
+
+    def of(self, params: Any) -> CompressionConfig | None:
+        """Configuration of a request; None: it is not to be compressed.
+
+        Args:
+            params: SamplingParams, or None for a request that does not sample.
+
+        Raises:
+            VLLMValidationError: no such method, a wrong setting, or one that this server cannot serve.
+        """
+        extra = getattr(params, "extra_args", None) or {}
+        if METHOD not in extra and SETTINGS not in extra:
+            return self.default
+        method, settings = extra.get(METHOD, self.default.method), extra.get(SETTINGS, "{}")
+        if isinstance(settings, Mapping):
+            settings = json.dumps(settings)
+        for name, value in ((METHOD, method), (SETTINGS, settings)):
+            if not isinstance(value, str):
+                raise VLLMValidationError(f"{name} of a request must be a string; got {value!r}")
+        try:
+            return self._make(method, settings)
+        except ValueError as error:
+            raise VLLMValidationError(f"this request cannot be compressed as it asks: {error}") from error
+
+    def _make_uncached(self, method: str, text: str) -> CompressionConfig | None:
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{SETTINGS} must be a JSON object; got {text!r}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{SETTINGS} must be a JSON object; got {text!r}")
+        if method == NONE:
+            if settings:
+                raise ValueError(f"{SETTINGS} must be left out where {METHOD} is {NONE!r}; got {text!r}")
+            return None
+        if isinstance(settings.get("head_weights"), str) or "max_tsp_tokens" in settings:
+            raise ValueError("files (head_weights) and memory (max_tsp_tokens) are the server's matter; leave them out")
+        config = self._for_model(CompressionConfig.from_mapping(method, {**self._given(method, settings), **settings}))
+        if config.uses_tsp and not self.default.uses_tsp:
+            raise ValueError(
+                f"{method} lets rows wait between chunks, and the server, started with {self.default.method}, has set "
+                "no memory aside for them; start it with --kv-compression fastkv"
+            )
+        lines = conflicts_of_method(self._vllm_config, config)
+        if lines:
+            raise ValueError("; ".join(lines))
+        return config
+
+    def _given(self, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the request need not say because the server's configuration does."""
+        default = self.default
+        if method == default.method:
+            replaced = {_INSTEAD[name] for name in settings if name in _INSTEAD}
+            left_out = {"method", "head_weights", *replaced}
+            return {name: value for name, value in default.to_mapping().items() if name not in left_out}
+        return {"min_tokens": default.min_tokens}
+
+    def _for_model(self, config: CompressionConfig) -> CompressionConfig:
+        model = self._vllm_config.model_config
+        if config.head_weights is None and config.head_budgets == self.default.head_budgets:
+            config = dataclasses.replace(config, head_weights=self.default.head_weights)
+        return config.for_model(
+            num_layers=model.get_total_num_hidden_layers(),
+            num_kv_heads=model.get_total_num_kv_heads(),
+            max_model_len=model.max_model_len,
+        )
