@@ -10,7 +10,7 @@ import pytest
 from fastkv_vllm.adapter.conflicts import CONFLICTS
 from fastkv_vllm.adapter.metrics import COUNTERS, LEFT_ALONE, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.methods import method_class, method_names
+from fastkv_vllm.methods import MODEL_BUDGETS, UNIFORM, method_class, method_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,6 +20,37 @@ def conflict_table() -> str:
     """The README's table of conflicts, from the code's."""
     rows = [f"| {conflict.needs} | {conflict.remedy} |" for conflict in CONFLICTS]
     return "\n".join(["| it needs | otherwise |", "|---|---|", *rows])
+
+
+def composition_table() -> str:
+    """What each method allows, from what its class declares and what the configuration refuses."""
+    head = "| method | who votes | cuts rows | head budgets | `value_norms` | prefix caching | ranks | calibration |"
+    rows = []
+    for name in method_names():
+        cls = method_class(name)
+        votes = {"queries": "last queries", "column_sums": "all queries"}
+        config = CompressionConfig(name)
+        is_even = config.head_budgets == UNIFORM
+        cells = [
+            f"`{name}`",
+            next((votes[need] for need in cls.needs if need in votes), "nobody"),
+            "yes" if cls.propagates else "no",
+            "one choice for all heads"
+            if cls.one_choice
+            else "any"
+            if is_even
+            else f"any, its own: {config.head_budgets}",
+            "its own" if cls.default_value_norms else "yes" if cls.votes() else "no",
+            "no" if config.uses_tsp or config.all_queries_vote else "yes",
+            "any" if is_even else "1",
+            "needed" if cls.head_budgets in MODEL_BUDGETS else "TSP layer" if cls.propagates else "no",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, "|---" * 8 + "|", *rows])
+
+
+def test_composition_table_is_the_codes() -> None:
+    assert composition_table() in (ROOT / "docs/methods.md").read_text(), composition_table()
 
 
 def test_conflict_table_is_the_codes() -> None:
