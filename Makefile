@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 # GiB for the KV cache on CPU; vLLM's own default takes a large share of the host's memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test lint format bench bench-quick bench-speed train-tiny docs clean
+.PHONY: help setup demo serve test soak lint format bench bench-quick bench-speed train-tiny docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ serve: setup ## Serve the tiny model with --kv-compression fastkv on HOST:PORT
 
 test: setup ## Run all tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+soak: setup ## 50,000 engine steps of random requests, aborts and preemptions (about a quarter of an hour)
+	FASTKV_RANDOM_STEPS=50000 $(PY) -m pytest -s tests/engine/test_random.py
 
 lint: setup ## Check style, formatting and types
 	.venv/bin/ruff check .
