@@ -19,8 +19,8 @@ def test_a_crowd_in_a_small_pool(start, name):
     assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
 
 
-@ENGINES
 @pytest.mark.parametrize("step", range(1, 12))
+@ENGINES
 def test_all_are_preempted_before_a_step(start, name, step):
     """vLLM's own reset preempts what runs: before, amid and after compaction."""
     engine = start(*EXACT[name])
