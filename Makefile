@@ -31,7 +31,7 @@ serve: setup ## Serve the tiny model with --kv-compression fastkv on HOST:PORT
 test: setup ## Run all tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-soak: setup ## 50,000 engine steps of random requests, aborts and preemptions (about a quarter of an hour)
+soak: setup ## 50,000 engine steps of random requests, aborts and preemptions
 	FASTKV_RANDOM_STEPS=50000 $(PY) -m pytest -s tests/engine/test_random.py
 
 lint: setup ## Check style, formatting and types

@@ -14,9 +14,13 @@ from fastkv_vllm.config import CompressionConfig
 
 METHOD, SETTINGS = "kv_compression", "kv_compression_config"
 NONE = "none"
-_INSTEAD = dict(
-    (pair for a, b in (("retention_ratio", "budget"), ("tsp_ratio", "tsp_tokens")) for pair in ((a, b), (b, a)))
-)
+# A setting of the request -> the one of the server's that it stands in for.
+_INSTEAD = {
+    "retention_ratio": "budget",
+    "budget": "retention_ratio",
+    "tsp_ratio": "tsp_tokens",
+    "tsp_tokens": "tsp_ratio",
+}
 _REMEMBERED = 128
 
 
