@@ -4,6 +4,7 @@ import pytest
 from vllm.config import CompilationMode
 from vllm.forward_context import get_forward_context
 
+from fastkv_vllm.adapter.step import orders_of
 from tests.engine.oracle import make_prompts
 from tests.engine.settings import SMALL, TSP
 
@@ -29,6 +30,6 @@ def test_mixed_requests(start, method, settings):
     with engine.step_tokens(100), engine.watch(after=steps.append):
         engine.check(make_prompts([500, 90, 700]))
     del runner.model.model.forward
-    tsp_steps = [s for s in steps if settings is TSP and s.fastkv_plan.prefills]
+    tsp_steps = [s for s in steps if settings is TSP and orders_of(s).plan.prefills]
     assert len(eager) == len(tsp_steps) and all(eager)
     assert len(steps) > len(eager) + 30, "no step ran compiled"
