@@ -1,25 +1,13 @@
 """The configuration tree: built once from one mapping, checked, frozen."""
 
 import dataclasses
-import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
-from fastkv_vllm.kernels.window_scores import POOLINGS
-from fastkv_vllm.methods import (
-    HEAD_BUDGETS,
-    LAYER_BUDGETS,
-    MODEL_BUDGETS,
-    UNIFORM,
-    Allocator,
-    BudgetOptions,
-    Method,
-    method_class,
-)
+from fastkv_vllm.config.rules import as_json, complete, each
+from fastkv_vllm.methods import MODEL_BUDGETS, Allocator, BudgetOptions, Method, method_class
 
 
 @dataclass(frozen=True)
@@ -81,53 +69,7 @@ class CompressionConfig:
     max_tsp_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        cls = method_class(self.method)
-        _only_one(self, "retention_ratio", "budget")
-        _only_one(self, "tsp_ratio", "tsp_tokens")
-        _check(self.retention_ratio is None or _is_share(self.retention_ratio), "retention_ratio", "in (0, 1]", self)
-        for name, low in _LOWEST.items():
-            value = getattr(self, name)
-            allowed = _is_int(value) and value >= low
-            _check(allowed or (value is None and name in _OPTIONAL), name, f"an integer >= {low}", self)
-        _check(self.kernel_size % 2 == 1, "kernel_size", "odd", self)
-        _check(self.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", self)
-        _check(self.min_tokens > self.window_size, "min_tokens", f"more than window_size = {self.window_size}", self)
-        if not cls.propagates:
-            for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
-                _check(getattr(self, name) is None, name, f"left out: {self.method} does not propagate rows", self)
-        _check_cuts(self)
-        for name in ("num_sink", "recent_share", "value_norms", "decay"):
-            _default(self, name, getattr(cls, f"default_{name}"))
-        _check(_is_number(self.recent_share) and 0 <= self.recent_share < 1, "recent_share", "in [0, 1)", self)
-        _check(isinstance(self.value_norms, bool), "value_norms", "true or false", self)
-        _check(not self.value_norms or cls.votes(), "value_norms", f"false: in {self.method} nobody votes", self)
-        if self.all_queries_vote:
-            _check(_is_number(self.decay) and 0 < self.decay <= 1, "decay", "in (0, 1]", self)
-        else:
-            _check(self.decay is None, "decay", f"left out: in {self.method} not all queries vote", self)
-        for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS | MODEL_BUDGETS)):
-            _default(self, name, getattr(cls, name))
-            names = [UNIFORM, *known]
-            _check(getattr(self, name) in names, name, f"one of {', '.join(names)}", self)
-        if cls.one_choice:
-            rule = f"uniform: in {self.method} all heads keep the same entries"
-            _check(self.head_budgets == UNIFORM, "head_budgets", rule, self)
-        _check_head_weights(self)
-        _check(_is_number(self.head_beta) and 1 <= self.head_beta < math.inf, "head_beta", "a number >= 1", self)
-        _check(_is_number(self.head_floor) and 0 <= self.head_floor <= 1, "head_floor", "in [0, 1]", self)
-        if self.budget is None:
-            _default(self, "retention_ratio", cls.default_retention_ratio)
-        if cls.propagates and self.tsp_tokens is None:
-            _default(self, "tsp_ratio", max(0.2, self.retention_ratio or 0.0))
-        if self.retention_ratio is not None and self.tsp_ratio is not None:
-            rule = f"at least retention_ratio = {self.retention_ratio}: late layers cannot keep more than they see"
-            _check(_each(self.tsp_ratio)[-1] >= self.retention_ratio, "tsp_ratio", rule, self)
-        if self.budget is not None and self.tsp_tokens is not None:
-            rule = f"at least budget = {self.budget}: late layers cannot keep more than they see"
-            _check(_each(self.tsp_tokens)[-1] >= self.budget, "tsp_tokens", rule, self)
-        for name in _CUTS:
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        complete(self)
 
     @classmethod
     def from_mapping(cls, method: str, mapping: Mapping[str, Any]) -> "CompressionConfig":
@@ -146,7 +88,7 @@ class CompressionConfig:
 
     def to_mapping(self) -> dict[str, Any]:
         """All fields as plain JSON types; `CompressionConfig(**mapping)` gives the same configuration back."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return {name: as_json(value) for name, value in dataclasses.asdict(self).items()}
 
     def for_model(self, *, num_layers: int, num_kv_heads: int, max_model_len: int) -> "CompressionConfig":
         """The same configuration with the defaults that depend on the model filled in, and checked against it.
@@ -178,10 +120,10 @@ class CompressionConfig:
             return self
         layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
         limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
-        if not 0 <= _each(layer)[-1] < num_layers - 1:
+        if not 0 <= each(layer)[-1] < num_layers - 1:
             raise ValueError(
                 f"kv_compression_config: tsp_layer must be in 0..{num_layers - 2}, the model has {num_layers} layers; "
-                f"got {_plain(layer)}"
+                f"got {as_json(layer)}"
             )
         if limit < max_model_len:
             raise ValueError(
@@ -195,12 +137,12 @@ class CompressionConfig:
         """Whether late layers may see fewer rows than early ones."""
         if not method_class(self.method).propagates or self.retention_ratio == 1:
             return False
-        return self.tsp_ratio is None or _each(self.tsp_ratio)[-1] < 1
+        return self.tsp_ratio is None or each(self.tsp_ratio)[-1] < 1
 
     @property
     def tsp_layers(self) -> tuple[int, ...]:
         """Layers after which rows are cut, ascending; empty before `for_model` where they are not given."""
-        return tuple(_each(self.tsp_layer))
+        return tuple(each(self.tsp_layer))
 
     @property
     def all_queries_vote(self) -> bool:
@@ -232,7 +174,7 @@ class CompressionConfig:
         assert num_kept is not None, "one of retention_ratio and budget is set"
         cuts: list[tuple[int, int]] = []
         if self.uses_tsp and self.tsp_layers:
-            rows = _each(self.tsp_tokens) or [int(num_tokens * share) for share in _each(self.tsp_ratio)]
+            rows = each(self.tsp_tokens) or [int(num_tokens * share) for share in each(self.tsp_ratio)]
             cuts = list(zip(self.tsp_layers, rows, strict=True))
         return plan_prompt(
             num_tokens,
@@ -245,105 +187,3 @@ class CompressionConfig:
             num_recent=int(num_kept * self.recent_share),
             is_ragged=self.make_allocator().is_ragged,
         )
-
-
-_LOWEST = {
-    "budget": 1,
-    "window_size": 1,
-    "num_sink": 0,
-    "kernel_size": 1,
-    "pyramid_beta": 1,
-    "streaming_tokens": 1,
-    "min_tokens": 1,
-    "max_tsp_tokens": 1,
-}
-
-
-_OPTIONAL = {"budget", "num_sink", "max_tsp_tokens"}
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return _is_int(value) or isinstance(value, float)
-
-
-def _is_share(value: object) -> bool:
-    return _is_number(value) and 0 < value <= 1
-
-
-# Settings that take a value or a list of one for each cut -> is one value allowed, what it must be, order of a list.
-_CUTS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any, Any], bool], str]] = {
-    "tsp_layer": (lambda value: _is_int(value) and value >= 0, "an integer >= 0", operator.lt, "rises"),
-    "tsp_ratio": (_is_share, "in (0, 1]", operator.ge, "never rises"),
-    "tsp_tokens": (lambda value: _is_int(value) and value >= 1, "an integer >= 1", operator.ge, "never rises"),
-}
-
-
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, list | tuple)
-
-
-def _each(value: object) -> Sequence[Any]:
-    """Values of a setting of the cuts; none where it is left out."""
-    if value is None:
-        return ()
-    return value if _is_list(value) else (value,)
-
-
-def _plain(value: object) -> object:
-    """As JSON has it: lists for tuples."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _check_cuts(config: CompressionConfig) -> None:
-    for name, (is_allowed, rule, in_order, order) in _CUTS.items():
-        values = _each(getattr(config, name))
-        holds = all(map(is_allowed, values)) and all(in_order(*pair) for pair in pairwise(values))
-        empty = _is_list(getattr(config, name)) and not values
-        _check(holds and not empty, name, f"{rule} or a list of such that {order}", config)
-    share = "tsp_ratio" if config.tsp_tokens is None else "tsp_tokens"
-    wrong, right = (share, "tsp_layer") if _is_list(config.tsp_layer) else ("tsp_layer", share)
-    if _is_list(getattr(config, right)):
-        value, model = getattr(config, wrong), list(getattr(config, right))
-        _check(_is_list(value) and len(value) == len(model), wrong, f"a list as long as {right} = {model}", config)
-
-
-def _default(config: CompressionConfig, name: str, value: object) -> None:
-    if getattr(config, name) is None:
-        object.__setattr__(config, name, value)
-
-
-def _only_one(config: CompressionConfig, first: str, second: str) -> None:
-    if getattr(config, first) is not None and getattr(config, second) is not None:
-        raise ValueError(f"kv_compression_config: give {first} or {second}, not both")
-
-
-def _check(holds: bool, name: str, rule: str, config: CompressionConfig) -> None:
-    if not holds:
-        raise ValueError(f"kv_compression_config: {name} must be {rule}; got {getattr(config, name)!r}")
-
-
-def _check_head_weights(config: CompressionConfig) -> None:
-    """Weights are given where budgets need them and nowhere else; numbers become tuples."""
-    if config.head_budgets not in MODEL_BUDGETS:
-        rule = f"left out: head_budgets {config.head_budgets!r} does not use it"
-        _check(config.head_weights is None, "head_weights", rule, config)
-        return
-    rule = f"{UNIFORM}: head_budgets {config.head_budgets!r} shares the pages of all layers"
-    _check(config.layer_budgets == UNIFORM, "layer_budgets", rule, config)
-    weights = config.head_weights
-    if weights is None or isinstance(weights, str):
-        return  # `for_model` wants numbers
-    rows = weights if isinstance(weights, list | tuple) else ()
-    flat = [weight for row in rows if isinstance(row, list | tuple) for weight in row]
-    numbers = all(_is_number(weight) and 0 <= weight < math.inf for weight in flat)
-    lists = all(isinstance(row, list | tuple) for row in rows)
-    rule = (
-        "the path of a file of `fastkv-vllm calibrate`, or a list of numbers >= 0 for each layer, not all 0, for "
-        f"head_budgets {config.head_budgets!r}"
-    )
-    _check(lists and numbers and any(flat), "head_weights", rule, config)
-    object.__setattr__(config, "head_weights", tuple(tuple(map(float, row)) for row in rows))

@@ -1,0 +1,5 @@
+"""What `--kv-compression` and `--kv-compression-config` say, as one checked object."""
+
+from fastkv_vllm.config.tree import CompressionConfig
+
+__all__ = ["CompressionConfig"]

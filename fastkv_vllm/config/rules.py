@@ -1,0 +1,186 @@
+"""What the settings must be: each is checked, and filled in from the method where it was left out."""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from fastkv_vllm.kernels.window_scores import POOLINGS
+from fastkv_vllm.methods import HEAD_BUDGETS, LAYER_BUDGETS, MODEL_BUDGETS, UNIFORM, Method, method_class
+
+if TYPE_CHECKING:
+    from fastkv_vllm.config.tree import CompressionConfig
+
+
+def complete(config: "CompressionConfig") -> None:
+    """Check a new configuration and fill in what its method knows; call while it is made.
+
+    Raises:
+        ValueError: a value is out of range or two exclude each other; the message says what is allowed.
+    """
+    cls = method_class(config.method)
+    _check_numbers(config)
+    _complete_votes(config, cls)
+    _complete_budgets(config, cls)
+    _complete_cuts(config, cls)
+
+
+def _check_numbers(config: "CompressionConfig") -> None:
+    check_only_one(config, "retention_ratio", "budget")
+    check_only_one(config, "tsp_ratio", "tsp_tokens")
+    check(config.retention_ratio is None or is_share(config.retention_ratio), "retention_ratio", "in (0, 1]", config)
+    for name, low in LOWEST.items():
+        value = getattr(config, name)
+        allowed = is_int(value) and value >= low
+        check(allowed or (value is None and name in OPTIONAL), name, f"an integer >= {low}", config)
+    check(config.kernel_size % 2 == 1, "kernel_size", "odd", config)
+    check(config.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", config)
+    check(config.min_tokens > config.window_size, "min_tokens", f"more than window_size = {config.window_size}", config)
+
+
+def _complete_votes(config: "CompressionConfig", cls: type[Method]) -> None:
+    for name in ("num_sink", "recent_share", "value_norms", "decay"):
+        fill_in(config, name, getattr(cls, f"default_{name}"))
+    check(is_number(config.recent_share) and 0 <= config.recent_share < 1, "recent_share", "in [0, 1)", config)
+    check(isinstance(config.value_norms, bool), "value_norms", "true or false", config)
+    check(not config.value_norms or cls.votes(), "value_norms", f"false: in {config.method} nobody votes", config)
+    if config.all_queries_vote:
+        check(is_number(config.decay) and 0 < config.decay <= 1, "decay", "in (0, 1]", config)
+    else:
+        check(config.decay is None, "decay", f"left out: in {config.method} not all queries vote", config)
+
+
+def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
+    for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS | MODEL_BUDGETS)):
+        fill_in(config, name, getattr(cls, name))
+        names = [UNIFORM, *known]
+        check(getattr(config, name) in names, name, f"one of {', '.join(names)}", config)
+    if cls.one_choice:
+        rule = f"uniform: in {config.method} all heads keep the same entries"
+        check(config.head_budgets == UNIFORM, "head_budgets", rule, config)
+    check_head_weights(config)
+    check(is_number(config.head_beta) and 1 <= config.head_beta < math.inf, "head_beta", "a number >= 1", config)
+    check(is_number(config.head_floor) and 0 <= config.head_floor <= 1, "head_floor", "in [0, 1]", config)
+    if config.budget is None:
+        fill_in(config, "retention_ratio", cls.default_retention_ratio)
+
+
+def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
+    if not cls.propagates:
+        for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
+            check(getattr(config, name) is None, name, f"left out: {config.method} does not propagate rows", config)
+    check_cuts(config)
+    if cls.propagates and config.tsp_tokens is None:
+        fill_in(config, "tsp_ratio", max(0.2, config.retention_ratio or 0.0))
+    if config.retention_ratio is not None and config.tsp_ratio is not None:
+        rule = f"at least retention_ratio = {config.retention_ratio}: late layers cannot keep more than they see"
+        check(each(config.tsp_ratio)[-1] >= config.retention_ratio, "tsp_ratio", rule, config)
+    if config.budget is not None and config.tsp_tokens is not None:
+        rule = f"at least budget = {config.budget}: late layers cannot keep more than they see"
+        check(each(config.tsp_tokens)[-1] >= config.budget, "tsp_tokens", rule, config)
+    for name in CUTS:
+        if isinstance(getattr(config, name), list):
+            object.__setattr__(config, name, tuple(getattr(config, name)))
+
+
+LOWEST = {
+    "budget": 1,
+    "window_size": 1,
+    "num_sink": 0,
+    "kernel_size": 1,
+    "pyramid_beta": 1,
+    "streaming_tokens": 1,
+    "min_tokens": 1,
+    "max_tsp_tokens": 1,
+}
+
+
+OPTIONAL = {"budget", "num_sink", "max_tsp_tokens"}
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return is_int(value) or isinstance(value, float)
+
+
+def is_share(value: object) -> bool:
+    return is_number(value) and 0 < value <= 1
+
+
+# Settings that take a value or a list of one for each cut -> is one value allowed, what it must be, order of a list.
+CUTS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any, Any], bool], str]] = {
+    "tsp_layer": (lambda value: is_int(value) and value >= 0, "an integer >= 0", operator.lt, "rises"),
+    "tsp_ratio": (is_share, "in (0, 1]", operator.ge, "never rises"),
+    "tsp_tokens": (lambda value: is_int(value) and value >= 1, "an integer >= 1", operator.ge, "never rises"),
+}
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def each(value: object) -> Sequence[Any]:
+    """Values of a setting of the cuts; none where it is left out."""
+    if value is None:
+        return ()
+    return value if is_list(value) else (value,)
+
+
+def as_json(value: object) -> object:
+    """As JSON has it: lists for tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_cuts(config: "CompressionConfig") -> None:
+    for name, (is_allowed, rule, in_order, order) in CUTS.items():
+        values = each(getattr(config, name))
+        holds = all(map(is_allowed, values)) and all(in_order(*pair) for pair in pairwise(values))
+        empty = is_list(getattr(config, name)) and not values
+        check(holds and not empty, name, f"{rule} or a list of such that {order}", config)
+    share = "tsp_ratio" if config.tsp_tokens is None else "tsp_tokens"
+    wrong, right = (share, "tsp_layer") if is_list(config.tsp_layer) else ("tsp_layer", share)
+    if is_list(getattr(config, right)):
+        value, model = getattr(config, wrong), list(getattr(config, right))
+        check(is_list(value) and len(value) == len(model), wrong, f"a list as long as {right} = {model}", config)
+
+
+def fill_in(config: "CompressionConfig", name: str, value: object) -> None:
+    if getattr(config, name) is None:
+        object.__setattr__(config, name, value)
+
+
+def check_only_one(config: "CompressionConfig", first: str, second: str) -> None:
+    if getattr(config, first) is not None and getattr(config, second) is not None:
+        raise ValueError(f"kv_compression_config: give {first} or {second}, not both")
+
+
+def check(holds: bool, name: str, rule: str, config: "CompressionConfig") -> None:
+    if not holds:
+        raise ValueError(f"kv_compression_config: {name} must be {rule}; got {getattr(config, name)!r}")
+
+
+def check_head_weights(config: "CompressionConfig") -> None:
+    """Weights are given where budgets need them and nowhere else; numbers become tuples."""
+    if config.head_budgets not in MODEL_BUDGETS:
+        rule = f"left out: head_budgets {config.head_budgets!r} does not use it"
+        check(config.head_weights is None, "head_weights", rule, config)
+        return
+    rule = f"{UNIFORM}: head_budgets {config.head_budgets!r} shares the pages of all layers"
+    check(config.layer_budgets == UNIFORM, "layer_budgets", rule, config)
+    weights = config.head_weights
+    if weights is None or isinstance(weights, str):
+        return  # `for_model` wants numbers
+    rows = weights if isinstance(weights, list | tuple) else ()
+    flat = [weight for row in rows if isinstance(row, list | tuple) for weight in row]
+    numbers = all(is_number(weight) and 0 <= weight < math.inf for weight in flat)
+    lists = all(isinstance(row, list | tuple) for row in rows)
+    rule = (
+        "the path of a file of `fastkv-vllm calibrate`, or a list of numbers >= 0 for each layer, not all 0, for "
+        f"head_budgets {config.head_budgets!r}"
+    )
+    check(lists and numbers and any(flat), "head_weights", rule, config)
+    object.__setattr__(config, "head_weights", tuple(tuple(map(float, row)) for row in rows))
