@@ -12,7 +12,7 @@ import openai
 
 from benchmarks.server import Server, sample_value
 from benchmarks.tiny_model.language import Example
-from fastkv_vllm.methods import method_class
+from fastkv_vllm.methods import CUT_BUDGETS, method_class
 
 CHECKPOINT = Path(__file__).parent / "tiny_model" / "checkpoint"
 TSP_LAYER = 5  # where this model has resolved the question; of 0..7
@@ -43,7 +43,10 @@ class Reply:
 def tiny_model_config(method: str) -> dict[str, Any]:
     """The method's defaults, except for what depends on the model."""
     cls = method_class(method)
-    return {**({"tsp_layer": TSP_LAYER} if cls.propagates else {}), **HEAD_SETTINGS.get(cls.head_budgets, {})}
+    return {
+        **({"tsp_layer": TSP_LAYER} if cls.propagates and cls.layer_budgets not in CUT_BUDGETS else {}),
+        **HEAD_SETTINGS.get(cls.head_budgets, {}),
+    }
 
 
 def ask(server: Server, examples: list[Example], *, concurrency: int = 1) -> list[Reply]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkv_vllm.kernels.column_sums import column_sums, reference
+from fastkv_vllm.kernels.column_sums import age_weights, column_sums, reference
 from tests.reference import scores as oracle
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -31,6 +31,10 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
     queries = torch.randn(num_queries, heads * group, head_dim, generator=generator) * head_dim**-0.5
     keys = torch.randn(heads, start + num_queries, head_dim, generator=generator)
     return queries.to(dtype), keys.to(dtype)
+
+
+def decayed_sums(queries: Tensor, keys: Tensor, start: int, decay: float) -> Tensor:
+    return column_sums(queries, keys, start=start, weights=age_weights(queries.shape[0], decay))
 
 
 def slow_sums(queries: Tensor, keys: Tensor, decay: float) -> Tensor:
@@ -67,7 +71,7 @@ def check(sums: Tensor, slow: Callable[..., Tensor], queries: Tensor, keys: Tens
 
 
 def check_chunk(queries: Tensor, keys: Tensor, decay: float) -> None:
-    sums = column_sums(queries, keys, start=keys.shape[1] - queries.shape[0], decay=decay)
+    sums = decayed_sums(queries, keys, start=keys.shape[1] - queries.shape[0], decay=decay)
     check(sums, slow_sums, queries, keys, decay)
 
 
@@ -83,12 +87,18 @@ def test_decays(decay: float) -> None:
     """Down to the last query alone, with rows of no weight; both loops agree on what the op is."""
     queries, keys = make_inputs((2, 2, 64, 0, 61), torch.float32)
     check_chunk(queries, keys, decay)
-    check(column_sums(queries, keys, start=0, decay=decay), oracle_sums, queries, keys, decay)
+    check(decayed_sums(queries, keys, start=0, decay=decay), oracle_sums, queries, keys, decay)
 
 
-def test_decay_defaults_to_none() -> None:
-    queries, keys = make_inputs((2, 2, 64, 31, 32), torch.float32)
-    assert torch.equal(column_sums(queries, keys, start=31), column_sums(queries, keys, start=31, decay=1.0))
+def test_weights_of_rows() -> None:
+    """Any weights, none among them: rows of weight 0 have no part in it."""
+    queries, keys = make_inputs((2, 2, 64, 31, 8), torch.float32)
+    weights = torch.tensor([0.0, 0.0, 1.0, 1.1, 0.0, 1.2, 0.3, 2.0])
+    sums = column_sums(queries, keys, start=31, weights=weights)
+    rows = [column_sums(queries[i : i + 1], keys[:, : 32 + i], start=31 + i, weights=torch.ones(1)) for i in range(8)]
+    expected = sum(w * F.pad(row, (0, 39 - row.shape[1])) for w, row in zip(weights, rows, strict=True))
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-6)
+    assert not column_sums(queries, keys, start=31, weights=torch.zeros(8)).any()
 
 
 @EACH_DECAY
@@ -99,7 +109,7 @@ def test_chunks_add_up_to_the_text(heads: int, group: int, chunks: list[int], de
     sums, start = torch.zeros(heads, 0), 0
     for size in chunks:
         end = start + size
-        new = column_sums(queries[start:end], keys[:, :end], start=start, decay=decay)
+        new = decayed_sums(queries[start:end], keys[:, :end], start=start, decay=decay)
         sums, start = decay**size * F.pad(sums, (0, size)) + new, end
     check(sums, oracle_sums, queries, keys, decay)
 
@@ -154,7 +164,7 @@ def test_equal_keys_tie_exactly(group: int, num_queries: int, dtype: torch.dtype
         queries, keys = make_inputs((2, group, 80, 5, num_queries), dtype)
         which = torch.randint(0, 5, (start,), generator=torch.Generator().manual_seed(start))
         keys = torch.cat([keys[:, which], keys[:, 5:]], dim=1)
-        sums = column_sums(queries, keys, start=start, decay=decay)[:, :start]
+        sums = decayed_sums(queries, keys, start=start, decay=decay)[:, :start]
         for kind in range(5):
             columns = (which == kind).nonzero()[:, 0]
             wrong = columns[(sums[:, columns] != sums[:, columns[:1]]).any(dim=0)].tolist()
@@ -176,14 +186,14 @@ def test_rows_of_no_weight_are_skipped() -> None:
     """0.5^26 counts, 0.5^27 < 1e-8 does not."""
     queries, keys = make_inputs((2, 2, 64, 36, 61), torch.float32)
     queries[: 61 - 27] = torch.nan
-    assert column_sums(queries, keys, start=36, decay=0.5).isfinite().all()
+    assert decayed_sums(queries, keys, start=36, decay=0.5).isfinite().all()
     queries[61 - 27] = torch.nan
-    assert column_sums(queries, keys, start=36, decay=0.5)[:, 0].isnan().all()
+    assert decayed_sums(queries, keys, start=36, decay=0.5)[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("start", [0, 32])
 def test_no_queries_give_zeros(start: int) -> None:
-    sums = column_sums(torch.zeros(0, 4, 16), torch.zeros(2, start, 16), start=start, decay=0.9)
+    sums = decayed_sums(torch.zeros(0, 4, 16), torch.zeros(2, start, 16), start=start, decay=0.9)
     assert sums.dtype == torch.float32 and torch.equal(sums, torch.zeros(2, start))
 
 
@@ -191,12 +201,12 @@ def test_no_queries_give_zeros(start: int) -> None:
 def test_inputs_are_not_changed(dtype: torch.dtype) -> None:
     queries, keys = make_inputs((2, 2, 64, 31, 32), dtype)
     before = queries.clone(), keys.clone()
-    column_sums(queries, keys, start=31, decay=0.9)
+    decayed_sums(queries, keys, start=31, decay=0.9)
     assert torch.equal(queries, before[0]) and torch.equal(keys, before[1])
 
 
 def good() -> dict[str, Any]:
-    return {"queries": torch.zeros(8, 4, 16), "keys": torch.zeros(2, 20, 16), "start": 12, "decay": 0.9}
+    return {"queries": torch.zeros(8, 4, 16), "keys": torch.zeros(2, 20, 16), "start": 12, "weights": torch.ones(8)}
 
 
 BAD: list[tuple[str, Callable[[], Any], str]] = [
@@ -207,7 +217,8 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("start", lambda: -1, "start must be 0 or more; got -1"),
     ("start", lambda: 11, "up to the last query: 19 for start 11 and 8 queries; got 20"),
     ("keys", lambda: torch.zeros(2, 21, 16), "up to the last query: 20 for start 12 and 8 queries; got 21"),
-    *[("decay", lambda d=d: d, rf"decay must be in \(0, 1\]; got {d}") for d in (0.0, -0.5, 1.5, float("nan"))],
+    ("weights", lambda: torch.ones(7), r"weights must be \[8\] float32; got \[7\]"),
+    ("weights", lambda: torch.ones(8).double(), r"weights must be \[8\] float32; got \[8\] torch.float64"),
 ]
 
 

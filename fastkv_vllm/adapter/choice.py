@@ -11,6 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 from fastkv_vllm.adapter.conflicts import conflicts_of_method
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import CUT_BUDGETS, method_class
 
 METHOD, SETTINGS = "kv_compression", "kv_compression_config"
 NONE = "none"
@@ -93,6 +94,8 @@ class Choice:
         if method == default.method:
             replaced = {_INSTEAD[name] for name in settings if name in _INSTEAD}
             left_out = {"method", "head_weights", *replaced}
+            if method_class(method).layer_budgets in CUT_BUDGETS:
+                left_out |= {"tsp_layer", "tsp_ratio"}  # they follow from the ratio, which may be another
             return {name: value for name, value in default.to_mapping().items() if name not in left_out}
         return {"min_tokens": default.min_tokens}
 

@@ -11,7 +11,7 @@ from fastkv_vllm.adapter.batch import PrefillRows
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.step import WorkerStats
-from fastkv_vllm.kernels.column_sums import column_sums
+from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods import add_heads
 
@@ -231,7 +231,8 @@ class Compressor:
         """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""
         decay = prefill.recipe.config.decay
         assert decay is not None, "filled in by CompressionConfig"
-        sums = column_sums(query[prefill.rows], keys, start=prefill.start, decay=decay)
+        weights = age_weights(prefill.count, decay)
+        sums = column_sums(query[prefill.rows], keys, start=prefill.start, weights=weights)
         if prefill.start:
             before = self.sums[prefill.request_id, layer]
             assert before.shape[1] == prefill.start, "every query of the prompt is computed, in order"

@@ -118,6 +118,7 @@ def plan_prompt(
     min_tokens: int,
     num_recent: int = 0,
     is_ragged: bool = False,
+    layers_keep_rows: bool = False,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -135,6 +136,8 @@ def plan_prompt(
         min_tokens: prompts below this are left alone; more than window_size.
         num_recent: last tokens that always stay, if more than the window; below num_kept.
         is_ragged: layers and KV heads share the pages unevenly.
+        layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
+            then raised to whole pages and the mean is lowered to them: together they always see what they keep.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -150,13 +153,17 @@ def plan_prompt(
         max(window_size, num_recent),
         is_ragged,
     )
-    num_pages = max(plan.num_pages, plan.least_pages)
+    num_pages = (num_kept - tail) // block_size if layers_keep_rows else plan.num_pages
+    num_pages = max(num_pages, plan.least_pages)
     if num_pages >= whole:
         return LeftAlone.BUDGET_COVERS_PROMPT
     plan = replace(plan, num_pages=num_pages)
+    least = plan.least_pages * block_size + tail if layers_keep_rows else plan.num_kept
     num_rows, effective = num_tokens, []
     for layer, wished in cuts:
-        if max(wished, plan.num_kept) < num_rows:
-            num_rows = max(wished, plan.num_kept)
+        if layers_keep_rows:
+            wished = tail - (tail - wished - 1) // block_size * block_size
+        if max(wished, least) < num_rows:
+            num_rows = max(wished, least)
             effective.append((layer, num_rows))
     return replace(plan, cuts=tuple(effective))

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fastkv_vllm.kernels.window_scores import POOLINGS
-from fastkv_vllm.methods import HEAD_BUDGETS, LAYER_BUDGETS, MODEL_BUDGETS, UNIFORM, Method, method_class
+from fastkv_vllm.methods import CUT_BUDGETS, HEAD_BUDGETS, LAYER_BUDGETS, MODEL_BUDGETS, UNIFORM, Method, method_class
 
 if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
@@ -54,7 +54,7 @@ def _complete_votes(config: "CompressionConfig", cls: type[Method]) -> None:
 def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS | MODEL_BUDGETS)):
         fill_in(config, name, getattr(cls, name))
-        names = [UNIFORM, *known]
+        names = [getattr(cls, name)] if getattr(cls, name) in CUT_BUDGETS else [UNIFORM, *known]
         check(getattr(config, name) in names, name, f"one of {', '.join(names)}", config)
     if cls.one_choice:
         rule = f"uniform: in {config.method} all heads keep the same entries"
@@ -71,6 +71,12 @@ def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
         for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
             check(getattr(config, name) is None, name, f"left out: {config.method} does not propagate rows", config)
     check_cuts(config)
+    if cls.layer_budgets in CUT_BUDGETS:
+        for name in ("budget", "tsp_tokens"):
+            rule = f"left out: where {config.method} cuts rows follows from retention_ratio"
+            check(getattr(config, name) is None, name, rule, config)
+        _freeze_cuts(config)
+        return
     if cls.propagates and config.tsp_tokens is None:
         fill_in(config, "tsp_ratio", max(0.2, config.retention_ratio or 0.0))
     if config.retention_ratio is not None and config.tsp_ratio is not None:
@@ -79,6 +85,10 @@ def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
     if config.budget is not None and config.tsp_tokens is not None:
         rule = f"at least budget = {config.budget}: late layers cannot keep more than they see"
         check(each(config.tsp_tokens)[-1] >= config.budget, "tsp_tokens", rule, config)
+    _freeze_cuts(config)
+
+
+def _freeze_cuts(config: "CompressionConfig") -> None:
     for name in CUTS:
         if isinstance(getattr(config, name), list):
             object.__setattr__(config, name, tuple(getattr(config, name)))

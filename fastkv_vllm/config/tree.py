@@ -7,7 +7,7 @@ from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
 from fastkv_vllm.config.rules import as_json, complete, each
-from fastkv_vllm.methods import MODEL_BUDGETS, Allocator, BudgetOptions, Method, method_class
+from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, Allocator, BudgetOptions, Method, method_class
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class CompressionConfig:
                 )
         if not self.uses_tsp:
             return self
+        self = self._with_schedule(num_layers)
         layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
         limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
         if not 0 <= each(layer)[-1] < num_layers - 1:
@@ -131,6 +132,25 @@ class CompressionConfig:
                 f"got {limit}; raise it or lower --max-model-len"
             )
         return dataclasses.replace(self, tsp_layer=layer, max_tsp_tokens=limit)
+
+    def _with_schedule(self, num_layers: int) -> "CompressionConfig":
+        """The same with the cuts of a method that has its own, for a model of so many layers."""
+        cls = method_class(self.method)
+        if cls.layer_budgets not in CUT_BUDGETS:
+            return self
+        assert self.retention_ratio is not None and self.recent_share is not None, "filled in by __post_init__"
+        try:
+            schedule = cls.schedule(num_layers, self.retention_ratio, self.recent_share)
+        except ValueError as error:
+            raise ValueError(f"kv_compression_config: retention_ratio of {self.method}: {error}") from error
+        own: dict[str, Any] = dict(zip(("tsp_layer", "tsp_ratio"), zip(*schedule, strict=True), strict=True))
+        for name, value in own.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"kv_compression_config: {name} must be left out: where {self.method} cuts rows follows from "
+                    f"retention_ratio; got {as_json(getattr(self, name))}"
+                )
+        return dataclasses.replace(self, **own)
 
     @property
     def uses_tsp(self) -> bool:
@@ -172,6 +192,9 @@ class CompressionConfig:
         assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
+        cls = method_class(self.method)
+        num_recent = int(num_kept * self.recent_share)
+        window_size = max(self.window_size, num_recent) if cls.recent_ones_vote else self.window_size
         cuts: list[tuple[int, int]] = []
         if self.uses_tsp and self.tsp_layers:
             rows = each(self.tsp_tokens) or [int(num_tokens * share) for share in each(self.tsp_ratio)]
@@ -181,9 +204,10 @@ class CompressionConfig:
             block_size=block_size,
             num_kept=num_kept,
             cuts=cuts,
-            window_size=self.window_size,
+            window_size=window_size,
             num_sink=self.num_sink,
             min_tokens=self.min_tokens,
-            num_recent=int(num_kept * self.recent_share),
+            num_recent=num_recent,
             is_ragged=self.make_allocator().is_ragged,
+            layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
         )

@@ -4,6 +4,7 @@ from fastkv_vllm.methods.a2sf import A2SF
 from fastkv_vllm.methods.adakv import AdaKV
 from fastkv_vllm.methods.base import Method, add_heads
 from fastkv_vllm.methods.budgets import (
+    CUT_BUDGETS,
     HEAD_BUDGETS,
     LAYER_BUDGETS,
     MODEL_BUDGETS,
@@ -15,6 +16,8 @@ from fastkv_vllm.methods.duoattention import DuoAttention
 from fastkv_vllm.methods.fastkv import FastKV
 from fastkv_vllm.methods.h2o import H2O
 from fastkv_vllm.methods.headkv import HeadKV
+from fastkv_vllm.methods.lazyllm import LazyLLM
+from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
 from fastkv_vllm.methods.registry import method_class, method_names, register
 from fastkv_vllm.methods.snapkv import SnapKV
@@ -24,6 +27,7 @@ from fastkv_vllm.methods.vatp import VATP
 
 __all__ = [
     "A2SF",
+    "CUT_BUDGETS",
     "H2O",
     "HEAD_BUDGETS",
     "LAYER_BUDGETS",
@@ -37,7 +41,9 @@ __all__ = [
     "DuoAttention",
     "FastKV",
     "HeadKV",
+    "LazyLLM",
     "Method",
+    "PyramidInfer",
     "PyramidKV",
     "SnapKV",
     "StreamingLLM",

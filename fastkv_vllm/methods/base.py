@@ -1,6 +1,7 @@
 """What a compression method is: a rating of cached entries, and what follows from it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
@@ -23,6 +24,7 @@ class Method(ABC):
         needs: names of the inputs of `score`, out of "queries", "keys", "positions", "column_sums".
         propagates: the method also chooses the rows that go on after a cut.
         one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
+        recent_ones_vote: the queries of all recent tokens vote, not those of the last `window_size`.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay: the fields
             of CompressionConfig without `default_`, when the configuration does not say.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
@@ -37,6 +39,7 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]]
     propagates: ClassVar[bool] = False
     one_choice: ClassVar[bool] = False
+    recent_ones_vote: ClassVar[bool] = False
     default_retention_ratio: ClassVar[float] = 0.1
     default_num_sink: ClassVar[int] = 0
     default_recent_share: ClassVar[float] = 0.0
@@ -59,7 +62,7 @@ class Method(ABC):
         """Rate the entries of one layer; higher stays.
 
         Args, the subset named by `needs`, N entries in order of position:
-            queries: roped and scaled queries of the window, [W, Hq, D].
+            queries: roped and scaled queries of those who vote, the last W tokens, [W, Hq, D].
             keys: roped keys, [H, N, D].
             positions: positions of the entries in the text, [N], int64.
             column_sums: attention each entry got from all queries up to the last, [H, N] float32, see
@@ -73,6 +76,37 @@ class Method(ABC):
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Rating [N] of whole rows at a layer with a cut, from that layer's `score` [H, N] (this rank's heads)."""
         raise TypeError(f"{type(self).__name__} does not propagate rows")
+
+    @classmethod
+    def schedule(cls, num_layers: int, retention_ratio: float, recent_share: float) -> Sequence[tuple[int, float]]:
+        """The method's own cuts, layers ascending, each with the share of a prompt's rows that goes on; none: TSP's.
+
+        Layers keep what the cuts leave them, so the shares make up the retention ratio.
+
+        Args:
+            num_layers: of the model.
+            retention_ratio: mean over layers of what stays, share of the prompt.
+            recent_share: share of what stays that is the prompt's end.
+
+        Raises:
+            ValueError: no schedule leaves as little as that.
+        """
+        return ()
+
+
+def solve_rising(function: Callable[[float], float], value: float) -> float:
+    """The number in [0, 1] for which a rising function has a value, as near as floats are.
+
+    Raises:
+        ValueError: the function is above the value from 0 on.
+    """
+    low, high = 0.0, 1.0
+    if function(low) > value:
+        raise ValueError(f"it must be at least {function(low):.3f} here; got {value}")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) <= value else (low, middle)
+    return low
 
 
 def add_heads(scores: torch.Tensor) -> torch.Tensor:

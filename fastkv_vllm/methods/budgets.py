@@ -35,6 +35,8 @@ LayerBudget = Callable[[PromptPlan, int, BudgetOptions], list[float]]
 HeadBudget = Callable[[torch.Tensor, int, BudgetOptions], list[float]]
 
 LAYER_BUDGETS: dict[str, LayerBudget] = {}
+# Those that follow from where a method cuts rows; each belongs to the methods with such a schedule of their own.
+CUT_BUDGETS: dict[str, LayerBudget] = {}
 HEAD_BUDGETS: dict[str, HeadBudget] = {}
 
 
@@ -61,7 +63,7 @@ class Allocator:
     """Layers share the prompt's pages, then the KV heads of a layer share that layer's.
 
     Fields:
-        layers: "uniform" or a name in LAYER_BUDGETS; known from the prompt's length.
+        layers: "uniform" or a name in LAYER_BUDGETS or CUT_BUDGETS; known from the prompt's length.
         heads: "uniform", a name in HEAD_BUDGETS (from the scores of a layer's heads), or one in MODEL_BUDGETS, which
             shares the pages of all layers at once.
         options: numbers the two take.
@@ -93,7 +95,7 @@ class Allocator:
             return self._model_pages(plan, most, num_heads)
         layer_pages = [plan.num_pages] * num_layers
         if self.layers != UNIFORM:
-            wanted = [n / size for n in LAYER_BUDGETS[self.layers](plan, num_layers, self.options)]
+            wanted = [n / size for n in (LAYER_BUDGETS | CUT_BUDGETS)[self.layers](plan, num_layers, self.options)]
             low = [plan.least_pages] * num_layers
             layer_pages = share_pages(wanted, sum(layer_pages), low=low, high=most)
         pages = []

@@ -36,7 +36,7 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
         method=config.method,
         num_kept=plan.num_kept,
         forced_from=plan.forced_from,
-        window_size=config.window_size,
+        window_size=plan.window_size,
         kernel_size=config.kernel_size,
         pooling=config.pooling,
         num_sink=config.num_sink,

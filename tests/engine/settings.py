@@ -29,6 +29,8 @@ RAGGED = {
     "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
     "fastkv-importance": ("fastkv", TSP | {"head_budgets": "importance", "head_weights": WEIGHTS, "head_beta": 1.01}),
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
+    "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
+    "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
 # Name -> method and configuration of requests that are served together.

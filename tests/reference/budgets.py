@@ -44,6 +44,12 @@ def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor
     if drop.layer_budgets == "pyramid":
         wanted = [(n - tail) / size for n in pyramid(drop, num_layers, num_tokens)]
         layer_pages = hand_out(wanted, mean * num_layers, [least] * num_layers, most)
+    if drop.layer_budgets in ("handed-on", "seen"):
+        cuts, rows = dict(drop.cuts), [len(seen) for seen in positions]
+        if drop.layer_budgets == "handed-on":
+            rows = [cuts.get(layer, number) for layer, number in enumerate(rows)]
+        wanted = [(number - tail) / size for number in rows]
+        layer_pages = hand_out(wanted, mean * num_layers, [least] * num_layers, most)
     counts = []
     for layer in range(num_layers):
         pages = [layer_pages[layer]] * num_heads

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.reference.budgets
-from tests.reference.scores import all_query_scores, last_query_scores, value_norms
+from tests.reference.scores import all_query_scores, last_query_scores, recent_query_scores, value_norms
 from tests.reference.selection import Drop, select_positions, window_scores
 
 
@@ -216,7 +216,9 @@ def _score(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, dro
     """Importance of the rows, [H, n or n - window_size]; without scores, how late a row is."""
     if not drop.has_scores:
         return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
-    if drop.method == "tova":
+    if drop.method == "pyramidinfer":
+        scores = recent_query_scores(queries, keys, drop.window_size).expand(keys.shape[0], -1)
+    elif drop.method in ("tova", "lazyllm"):
         scores = last_query_scores(queries, keys).expand(keys.shape[0], -1)
     elif drop.decay is not None:
         scores = all_query_scores(queries, keys, drop.decay)

@@ -47,6 +47,27 @@ def last_query_scores(queries: Tensor, keys: Tensor) -> Tensor:
     return scores
 
 
+def recent_query_scores(queries: Tensor, keys: Tensor, num_recent: int) -> Tensor:
+    """Attention that every key gets from the last queries, weights rising from 1 to 1.2, one rating for all heads.
+
+    Args:
+        queries: roped queries of the layer, [Hq, n, D], float32 or float64.
+        keys: roped keys of the layer, [H, n, D], same dtype.
+        num_recent: queries that vote.
+    Returns: [1, n], same dtype.
+    Source: PyramidInfer, arXiv 2405.12532.
+    """
+    num_heads, num_rows, _ = queries.shape
+    group_size = num_heads // keys.shape[0]
+    weights = torch.linspace(1.0, 1.2, num_recent).to(queries.dtype)
+    scores = torch.zeros(1, num_rows, dtype=queries.dtype)
+    for head in range(num_heads):
+        for weight, row in zip(weights, range(num_rows - num_recent, num_rows), strict=True):
+            p = _probabilities(queries[head, row], keys[head // group_size, : row + 1])
+            scores[0, : row + 1] += weight * p
+    return scores
+
+
 def value_norms(values: Tensor) -> Tensor:
     """L1 norm of every value vector: values [H, n, D] -> [H, n], same dtype.
 

@@ -11,14 +11,16 @@ from torch import Tensor
 _WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
 _NO_SCORES = ("streamingllm", "duoattention")
-_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, "tova")
+_ONE_CHOICE = ("tova", "lazyllm", "pyramidinfer")
+_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_ONE_CHOICE)
 
 
 @dataclass(frozen=True)
 class Drop:
     """Which entries a method drops at the end of the prompt.
 
-    method: "streamingllm" and "duoattention" (the most recent stay), "tova" (the last query votes, once for all heads),
+    method: "streamingllm" and "duoattention" (the most recent stay), "tova" and "lazyllm" (the last query votes, once
+        for all heads), "pyramidinfer" (the last window_size queries vote, later ones more, once for all heads),
         "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
@@ -26,8 +28,8 @@ class Drop:
     num_sink: positions below it always stay and are always propagated.
     cuts: (0-based layer, rows propagated after it out of those it saw, forced ones included), layers ascending.
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
-    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "adaptive" over the heads of a layer,
-        "importance" and "retrieval" over all heads of all layers.
+    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "handed-on" and "seen" by the rows of each layer;
+        "adaptive" over the heads of a layer, "importance" and "retrieval" over all heads of all layers.
     pyramid_beta, head_floor, head_beta, streaming_tokens, head_weights [L][H]: their numbers.
     decay: weight of a row's votes relative to the next one's, where all vote.
     value_norms: scores are multiplied by the L1 norms of the values.

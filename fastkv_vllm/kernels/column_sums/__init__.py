@@ -1,33 +1,33 @@
-"""Attention that all queries of a chunk give to each key: column sums of the probabilities, per KV head."""
+"""Attention that the queries of a chunk give to each key: column sums of the probabilities, per KV head."""
 
 import torch
 
 from fastkv_vllm.kernels.column_sums.reference import column_sums_reference
 
 
-def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, decay: float = 1.0) -> torch.Tensor:
-    """Add up the attention each key gets from the queries of one chunk, older queries counting less.
+def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, weights: torch.Tensor) -> torch.Tensor:
+    """Add up the attention each key gets from the queries of one chunk, each counting as much as its weight.
 
-    s[h, j] = sum over the group and over rows i of decay^(n - 1 - i) * p[i, j], where p[i] is the causal softmax of
-    q_i . k over keys 0 .. start + i.
+    s[h, j] = sum over the group and over rows i of weights[i] * p[i, j], where p[i] is the causal softmax of q_i . k
+    over keys 0 .. start + i.
 
-    Chunks add up: after a chunk of n queries the sums of the text so far are decay^n * (sums before it, zeros for
-    the new keys) + this. Rows of weight below 1e-8 are skipped.
+    Chunks add up. Leading rows of weight below 1e-8 are skipped.
 
     Args:
         queries: roped queries times the softmax scale, [n, Hq, D], any float dtype; they stand at positions
             start .. start + n - 1. n may be 0: all sums are then 0.
         keys: roped keys of all positions up to the last query, in order, [H, start + n, D], Hq a multiple of H.
         start: position of the first query, tokens.
-        decay: weight of a query relative to the next one, in (0, 1]; 1.0 counts all alike.
+        weights: of the queries, [n] float32, at least 0; see `age_weights`.
 
     Returns:
         Sums [H, N], N = start + n, float32.
 
     Raises:
-        ValueError: shapes, start or decay do not fit.
+        ValueError: shapes or start do not fit.
 
-    Source: H2O (arXiv 2306.14048) at decay 1, A2SF (arXiv 2407.20485) below it, scoring; per KV head.
+    Source: H2O (arXiv 2306.14048) with equal weights, A2SF (arXiv 2407.20485) with weights by age, PyramidInfer (arXiv
+    2405.12532) with weights that rise over the last rows, scoring; per KV head.
     """
     if queries.dim() != 3 or keys.dim() != 3 or queries.shape[2] != keys.shape[2]:
         raise ValueError(
@@ -42,6 +42,19 @@ def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, decay:
             f"keys must reach up to the last query: {start + queries.shape[0]} for start {start} and "
             f"{queries.shape[0]} queries; got {keys.shape[1]}"
         )
-    if not 0.0 < decay <= 1.0:
-        raise ValueError(f"decay must be in (0, 1]; got {decay}")
-    return column_sums_reference(queries, keys, start, decay)
+    if weights.shape != queries.shape[:1] or weights.dtype != torch.float32:
+        raise ValueError(f"weights must be [{queries.shape[0]}] float32; got {list(weights.shape)} {weights.dtype}")
+    return column_sums_reference(queries, keys, start, weights)
+
+
+def age_weights(num_queries: int, decay: float) -> torch.Tensor:
+    """Weights decay^(n - 1 - i) of the last n queries, [n] float32.
+
+    After a chunk of n queries the sums of the text so far are decay^n * (sums before it, zeros for the new keys) + its
+    `column_sums`.
+
+    Args:
+        num_queries: n.
+        decay: weight of a query relative to the next one, in (0, 1]; 1.0 counts all alike.
+    """
+    return (decay ** torch.arange(num_queries - 1, -1, -1, dtype=torch.float64)).float()

@@ -8,15 +8,15 @@ _TILE_SIZE = 2**21
 _NEGLIGIBLE = 1e-8
 
 
-def column_sums_reference(queries: torch.Tensor, keys: torch.Tensor, start: int, decay: float) -> torch.Tensor:
+def column_sums_reference(queries: torch.Tensor, keys: torch.Tensor, start: int, weights: torch.Tensor) -> torch.Tensor:
     """See `column_sums`; arguments are taken as checked."""
     num_queries, num_query_heads, head_dim = queries.shape
     num_kv_heads, num_keys, _ = keys.shape
     group = num_query_heads // num_kv_heads
-    ages = torch.arange(num_queries - 1, -1, -1, dtype=torch.float64, device=keys.device)
-    weights = decay**ages
-    first = int((weights < _NEGLIGIBLE).sum())
-    weights = weights.float().repeat_interleave(group)  # [n * G]
+    heavy = (weights >= _NEGLIGIBLE).nonzero()
+    first = int(heavy[0]) if len(heavy) else num_queries
+    counts_all_alike = bool((weights == 1).all())
+    weights = weights.repeat_interleave(group)  # [n * G]
     tile = max(1, _TILE_SIZE // max(1, group * num_keys))
     sums = torch.zeros(num_kv_heads, num_keys, dtype=torch.float32, device=keys.device)
     for head in range(num_kv_heads):
@@ -26,7 +26,7 @@ def column_sums_reference(queries: torch.Tensor, keys: torch.Tensor, start: int,
             high = min(low + tile, num_queries)
             rows = slice(low * group, high * group)
             p = _probabilities(q[rows], k[: start + high], group)
-            if decay < 1.0:
+            if not counts_all_alike:
                 p.mul_(weights[rows])
             sums[head, : start + high] += p.sum(dim=1)
     return sums

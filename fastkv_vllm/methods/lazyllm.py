@@ -1,0 +1,59 @@
+"""LazyLLM, the part that reads the prompt: rows the last token does not look at are left behind, layer by layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fastkv_vllm.cache import PromptPlan
+from fastkv_vllm.methods.base import add_heads, solve_rising
+from fastkv_vllm.methods.budgets import CUT_BUDGETS, BudgetOptions
+from fastkv_vllm.methods.registry import register
+from fastkv_vllm.methods.tova import TOVA
+
+
+def seen(plan: PromptPlan, num_layers: int, options: BudgetOptions) -> list[float]:
+    """Entries of each layer: all it sees."""
+    cuts = dict(plan.cuts)
+    rows, entries = plan.num_tokens, []
+    for layer in range(num_layers):
+        entries.append(float(rows - plan.num_tail))
+        rows = cuts.get(layer, rows)
+    return entries
+
+
+CUT_BUDGETS["seen"] = seen
+
+
+@register("lazyllm")
+@dataclass(frozen=True)
+class LazyLLM(TOVA):
+    """The last query's vote, once for all heads, at three layers; a layer keeps what it sees.
+
+    After a quarter, a half and three quarters of the layers the same share of the rows goes on.
+
+    Source: arXiv 2407.14057, section 3. Differences: a row left behind does not come back (the paper revives it from a
+    cache of hidden states when a generated token looks at it, and prunes while it decodes); the share follows from
+    `retention_ratio`, the mean over layers (the paper tunes layers and percentiles per task and prints neither); kept
+    counts are whole pages.
+    """
+
+    source: ClassVar[str] = "arXiv 2407.14057, section 3"
+    propagates: ClassVar[bool] = True
+    default_retention_ratio: ClassVar[float] = 0.5
+    layer_budgets: ClassVar[str] = "seen"
+
+    def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        return add_heads(scores)
+
+    @classmethod
+    def schedule(cls, num_layers: int, retention_ratio: float, recent_share: float) -> Sequence[tuple[int, float]]:
+        ends = [round(quarter * num_layers / 4) - 1 for quarter in (1, 2, 3)]
+        cuts = sorted({end for end in ends if end >= 0})
+
+        def mean(share: float) -> float:
+            return sum(share ** sum(end < layer for end in cuts) for layer in range(num_layers)) / num_layers
+
+        share = solve_rising(mean, retention_ratio)
+        return [(end, share ** (i + 1)) for i, end in enumerate(cuts)]
