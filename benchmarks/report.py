@@ -7,7 +7,7 @@ beside it, so that no figure is written by hand:
 |---|---|
 | `command REPORT` | the command that made a report |
 | `machine REPORT` | what it ran on |
-| `table quality PROTOCOL`, `table speed SCENARIO`, `table oracle`, `table kvpress`, `table roofline` | a table |
+| `table quality PROTOCOL`, `table quality_cuts PROTOCOL`, `table speed SCENARIO`, `table oracle`, `table kvpress`, `table roofline` | a table |
 | `speed CASE SETUP FIGURE [ratio]` | a median of the speed report, or its ratio to plain vLLM |
 | `quality METHOD TASK LENGTH PROTOCOL [2+]` | a mean score |
 """
@@ -52,8 +52,8 @@ def machine(name: str) -> str:
 
 def table(kind: str, name: str = "") -> str:
     """Markdown of a table."""
-    if kind == "quality":
-        return dict(quality.tables(read("quality")))[name]
+    if kind in ("quality", "quality_cuts"):
+        return dict(quality.tables(read(kind)))[name]
     if kind == "speed":
         return dict(speed_tables(read("speed")))[SCENARIOS[name].title]
     return {"oracle": _oracle, "kvpress": _kvpress, "roofline": _roofline}[kind]()

@@ -178,7 +178,7 @@ def test_rows_that_see_both_equal_keys_give_both_the_same(late: int, group: int)
     queries, keys = make_inputs((1, group, 64, 36, 61), torch.float32)
     keys[0, 36 + late] = keys[0, 20]
     queries[:late] = keys[0, 0] * 1000
-    sums = column_sums(queries, keys, start=36)[0]
+    sums = decayed_sums(queries, keys, start=36, decay=1.0)[0]
     assert sums[20] == sums[36 + late] and sums[20] > 0
 
 

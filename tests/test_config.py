@@ -9,7 +9,7 @@ import pytest
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.methods import MODEL_BUDGETS, method_class, method_names
+from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, BudgetOptions, method_class, method_names
 
 KEYS = [field.name for field in dataclasses.fields(CompressionConfig) if field.name != "method"]
 TSP_KEYS = {"tsp_layer": 3, "tsp_ratio": 0.5, "tsp_tokens": 100, "max_tsp_tokens": 8192}
@@ -291,12 +291,46 @@ def test_tsp_keys_need_a_method_that_propagates(method: str, name: str) -> None:
 @EACH_METHOD
 @pytest.mark.parametrize("mapping", [{}, {"budget": 77}, {"retention_ratio": 0.25, "num_sink": 2}, {"pooling": "avg"}])
 def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
+    if method_class(method).layer_budgets in CUT_BUDGETS and mapping:
+        mapping = {"retention_ratio": 0.7, "num_sink": 2}  # of these, budgets are refused and few rows cannot be had
     config = CompressionConfig.from_mapping(method, mapping)
     assert CompressionConfig(**json.loads(json.dumps(config.to_mapping()))) == config
     if config.head_budgets in MODEL_BUDGETS:
         config = dataclasses.replace(config, head_weights=((0.0, 1.0),) * 8)
     filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
+
+
+@pytest.mark.parametrize("num_layers", [8, 16, 33])
+@pytest.mark.parametrize("method", [m for m in method_names() if method_class(m).layer_budgets in CUT_BUDGETS])
+def test_own_cuts_make_up_the_ratio(method: str, num_layers: int) -> None:
+    """Shares fall, and what layers keep of the rows has the mean asked for."""
+    ratio = 0.7
+    config = CompressionConfig(method, retention_ratio=ratio).for_model(
+        num_layers=num_layers, num_kv_heads=2, max_model_len=2048
+    )
+    shares = config.tsp_ratio
+    assert isinstance(shares, tuple) and list(shares) == sorted(shares, reverse=True)
+    plan = config.plan(2000, 16)
+    assert isinstance(plan, PromptPlan)
+    wished = CUT_BUDGETS[config.layer_budgets](plan, num_layers, BudgetOptions())
+    assert ratio - 0.01 <= sum(wished) / num_layers / 2000 <= ratio + 16 / 2000
+    assert sum(wished) >= plan.num_moved * num_layers, "layers see what they are to keep"
+    for name, value in {"tsp_layer": 1, "tsp_ratio": 0.8}.items():
+        given = dataclasses.replace(CompressionConfig(method), **{name: value})
+        with pytest.raises(ValueError, match=f"{name} must be left out: where {method} cuts rows follows from"):
+            given.for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=2048)
+    for name in ("budget", "tsp_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must be left out: where {method} cuts rows"):
+            CompressionConfig.from_mapping(method, {name: 700})
+    with pytest.raises(ValueError, match="layer_budgets must be one of"):
+        CompressionConfig(method, layer_budgets="pyramid")
+
+
+def test_too_little_for_a_schedule_is_refused() -> None:
+    config = CompressionConfig("pyramidinfer", retention_ratio=0.1)
+    with pytest.raises(ValueError, match=r"retention_ratio of pyramidinfer: it must be at least 0\.\d+ here; got 0.1"):
+        config.for_model(num_layers=16, num_kv_heads=2, max_model_len=2048)
 
 
 OFF: list[dict[str, Any]] = [

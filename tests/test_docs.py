@@ -10,7 +10,7 @@ import pytest
 from fastkv_vllm.adapter.conflicts import CONFLICTS
 from fastkv_vllm.adapter.metrics import COUNTERS, LEFT_ALONE, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.methods import MODEL_BUDGETS, UNIFORM, method_class, method_names
+from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, UNIFORM, method_class, method_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +34,7 @@ def composition_table() -> str:
         cells = [
             f"`{name}`",
             next((votes[need] for need in cls.needs if need in votes), "nobody"),
-            "yes" if cls.propagates else "no",
+            "its own schedule" if cls.layer_budgets in CUT_BUDGETS else "yes" if cls.propagates else "no",
             "one choice for all heads"
             if cls.one_choice
             else "any"
@@ -43,7 +43,7 @@ def composition_table() -> str:
             "its own" if cls.default_value_norms else "yes" if cls.votes() else "no",
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "1",
-            "needed" if cls.head_budgets in MODEL_BUDGETS else "TSP layer" if cls.propagates else "no",
+            "needed" if cls.head_budgets in MODEL_BUDGETS else "TSP layer" if "fastkv" in name else "no",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([head, "|---" * 8 + "|", *rows])

@@ -26,7 +26,7 @@ def test_each_method_has_its_row_in_every_column(method: str) -> None:
 
     assert columns(method) == columns("none")
     for title in dict.fromkeys(row["protocol"] for row in QUALITY["rows"]):
-        assert re.search(rf"^\| {method} 0\.1 ", report.table("quality", title), flags=re.MULTILINE)
+        assert re.search(rf"^\| {method} 0\.\d ", report.table("quality", title), flags=re.MULTILINE)
 
 
 def test_images_of_the_page_are_there() -> None:
