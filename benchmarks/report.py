@@ -7,7 +7,7 @@ beside it, so that no figure is written by hand:
 |---|---|
 | `command REPORT` | the command that made a report |
 | `machine REPORT` | what it ran on |
-| `table quality PROTOCOL`, `table quality_cuts PROTOCOL`, `table speed SCENARIO`, `table oracle`, `table kvpress`, `table roofline` | a table |
+| `table quality PROTOCOL` (`quality_cuts`), `table speed SCENARIO`, `table oracle` (`kvpress`, `roofline`) | a table |
 | `speed CASE SETUP FIGURE [ratio]` | a median of the speed report, or its ratio to plain vLLM |
 | `quality METHOD TASK LENGTH PROTOCOL [2+]` | a mean score |
 """

@@ -16,6 +16,7 @@ engine whose counters say that it did something else than its configuration says
 | pool | throughput of 12 requests in a pool of fixed bytes; eager, in process |
 | decode | a decode step of 4 x 8192 tokens; eager, in process |
 | tpot | a decode step by requests and prompt tokens: batches of 4; those of 1 are ttft's; eager, in process |
+| methods | first token, blocks and decode step of each method; eager, in process |
 | ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, in process |
 | load | `vllm serve` under `vllm bench serve`, by requests under way, in a pool of fixed bytes; eager |
 | kv-dtypes | what the engine makes of vLLM's --kv-cache-dtype, with the tiny model's questions |
@@ -29,6 +30,7 @@ engine whose counters say that it did something else than its configuration says
 | retention 1.0 | snapkv with retention 1.0: compression on, nothing to drop |
 | plain / snapkv, prefix caching | with --enable-prefix-caching |
 | pyramidkv, adakv | retention 0.1, budgets by layer, by head |
+| streamingllm and later | retention 0.1 or the method's own default |
 | snapkv, head by head | snapkv's even budget read as adakv's is: what that path itself costs |
 | fp8 | vLLM's own --kv-cache-dtype fp8, twice the blocks where the pool is fixed |
 

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/engine/test_exact.py", "tests/engine/test_kept.py", "tests/engine/test_ragged.py")
+TESTS = (
+    "tests/engine/test_exact.py",
+    "tests/engine/test_kept.py",
+    "tests/engine/test_ragged.py",
+    "tests/engine/test_settings.py",
+)
 QUICK_TESTS = "test_prompts_one_by_one_in_one_chunk or (test_kept_entries and whole) or test_pages"
 TAIL_LINES = 40
 

@@ -62,6 +62,16 @@ PYRAMIDKV = Setup("pyramidkv", "pyramidkv", {"retention_ratio": 0.1})
 EVEN_HEADS = Setup(
     "snapkv, head by head", "snapkv", {"retention_ratio": 0.1, "head_budgets": "adaptive", "head_floor": 1.0}
 )
+# Heads that calibration might have found in the random model, which has none that retrieve: what they cost is the same.
+_WEIGHTS = [[1.0, 0.0] if layer % 2 else [0.2, 0.4] for layer in range(16)]
+# What has no cut of its own above, at its default ratio where 0.1 is none of its.
+OTHERS = (
+    *(Setup(name, name, {"retention_ratio": 0.1}) for name in ("streamingllm", "tova", "vatp", "h2o", "a2sf")),
+    Setup("headkv", "headkv", {"retention_ratio": 0.1, "head_weights": _WEIGHTS}),
+    Setup("duoattention", "duoattention", {"head_weights": _WEIGHTS}),
+    Setup("pyramidinfer", "pyramidinfer"),
+    Setup("lazyllm", "lazyllm"),
+)
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 
 

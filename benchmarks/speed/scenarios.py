@@ -16,6 +16,7 @@ from benchmarks.speed.load import (
     EVEN_HEADS,
     FASTKV,
     FP8,
+    OTHERS,
     PLAIN,
     PYRAMIDKV,
     RETAINING,
@@ -114,6 +115,11 @@ def _ragged(quick: bool) -> dict[str, Case]:
     return {"ragged": Case(_shape_of(load), load, setups, 1 if quick else 3)}
 
 
+def _methods(quick: bool) -> dict[str, Case]:
+    load = Load(1, 1024, 8, 512) if quick else Load(1, 4096, 32)
+    return {"methods": Case(_shape_of(load), load, (*METHODS, CUTS, PYRAMIDKV, ADAKV, *OTHERS), 1 if quick else 2)}
+
+
 def _tpot(quick: bool) -> dict[str, Case]:
     loads = [Load(4, 512, 16, 512)] if quick else [Load(4, 2048, 48), Load(4, 4096, 48)]
     return {f"tpot-{n.num_requests}x{n.prompt_tokens}": Case(_shape_of(n), n, (*METHODS, FP8)) for n in loads}
@@ -184,6 +190,13 @@ SCENARIOS = {
         _decode,
         ("step_ms", "peak_running"),
         ("step_ms", "step_ms ratio"),
+        measure_engine,
+    ),
+    "methods": Scenario(
+        "Each method: first token, blocks that stay, decode step",
+        _methods,
+        (*_PREFILL, "blocks_after", "step_ms"),
+        ("first_token_cpu_s ratio", "score_share", "compact_share", "blocks_after", "step_ms ratio"),
         measure_engine,
     ),
     "tpot": Scenario(
