@@ -9,11 +9,11 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 
 from fastkv_vllm.adapter.batch import PrefillRows
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, PagePool
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.kernels.select import select, select_ragged
-from fastkv_vllm.methods import add_heads
+from fastkv_vllm.methods import add_heads, halting_pages, kept_norms, last_attention
 
 _Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
@@ -34,6 +34,7 @@ class Compressor:
         pool: all layers' pages; set with the cache.
         held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
+        halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
         windows: (request, layer) -> window queries by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
         stash: request -> residual rows after its first cut by position, [P, hidden].
@@ -51,6 +52,7 @@ class Compressor:
         self.pool: PagePool | None = None
         self.held: dict[str, HeadPages] = {}
         self.scored: dict[str, list[torch.Tensor]] = {}
+        self.halted: dict[str, list[int]] = {}
         self._moves: list[_Move] = []
 
     def use_cache(self, kv_caches: Sequence[torch.Tensor], isa: str) -> None:
@@ -68,6 +70,7 @@ class Compressor:
         """Drop what is held within a step only."""
         self.selected.clear()
         self.scored.clear()
+        self.halted.clear()
         self._moves.clear()
 
     def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
@@ -118,6 +121,9 @@ class Compressor:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
                 scores = self._settle(prefill, layer, scores)
                 scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
+                if prefill.recipe.config.halting_loss is not None:
+                    pages = self._halt(prefill, scores, query[prefill.rows][-1] * scale, key, kv_cache)
+                    self.halted.setdefault(prefill.request_id, []).append(pages)
                 if prefill.plan.is_ragged:
                     self.scored.setdefault(prefill.request_id, []).append(scores)
                     continue
@@ -152,12 +158,16 @@ class Compressor:
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
         with self._timed("score_us"):
             counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads)
+            if prefill.request_id in self.halted:
+                counts = counts.minimum(torch.tensor(self.halted[prefill.request_id]).unsqueeze(1))
             held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
             kept = [
                 select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
                 for layer, count in zip(scores, counts, strict=True)
             ]
         self.held[prefill.request_id] = held
+        if surplus := len(prefill.destination) - blocks_for(counts):
+            self.stats.surplus[prefill.request_id] = surplus
         with self._timed("compact_us"):
             for layer, entries in enumerate(kept):
                 heads = torch.arange(pool.num_heads).repeat_interleave(counts[layer] * plan.block_size)
@@ -213,11 +223,7 @@ class Compressor:
         if "queries" in needs and not ends:
             self._keep_window(prefill, layer, query)
         if "column_sums" in needs or (ends and "keys" in needs):
-            keys = key[prefill.rows].transpose(0, 1)
-            if prefill.start:
-                assert self.layout is not None, "use_cache came first"
-                keys = self.layout.read_keys(kv_cache, prefill.blocks, prefill.start + prefill.count)
-            inputs["keys"] = keys
+            inputs["keys"] = self._keys(prefill, key, kv_cache)
         if "column_sums" in needs:
             inputs["column_sums"] = self._add_up(prefill, layer, query * scale, inputs["keys"])
         if not ends:
@@ -226,6 +232,31 @@ class Compressor:
         if "queries" in needs:
             inputs["queries"] = self._window_queries(prefill, layer, query) * scale
         return {name: inputs[name] for name in needs}
+
+    def _keys(self, prefill: PrefillRows, key: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Keys of all entries so far, [H, n, D]."""
+        if not prefill.start:
+            return key[prefill.rows].transpose(0, 1)
+        assert self.layout is not None, "use_cache came first"
+        return self.layout.read_keys(kv_cache, prefill.blocks, prefill.start + prefill.count)
+
+    def _halt(
+        self,
+        prefill: PrefillRows,
+        scores: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        kv_cache: torch.Tensor,
+    ) -> int:
+        """Pages of each head of a layer by the halting rule, from the last query, scaled, [Hq, D].
+
+        Norms are added over ranks, so that all of them need the same blocks.
+        """
+        attention = last_attention(query, self._keys(prefill, key, kv_cache))
+        norms = tensor_model_parallel_all_reduce(kept_norms(scores, attention, prefill.plan.block_size))
+        loss = prefill.recipe.config.halting_loss
+        assert loss is not None, "asked by the caller"
+        return halting_pages(norms, loss, prefill.plan.least_pages)
 
     def _add_up(self, prefill: PrefillRows, layer: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""

@@ -28,8 +28,9 @@ class CompressingManager(FullAttentionManager):
     allocation leaves free what the prompts that finish in this step still need (`_reserved_blocks`).
 
     State per request, dropped whenever its blocks are popped (finish, abort, preemption): `plans`, `finishing`
-    (prompt fully allocated, not yet compressed), `null_blocks` (compressed), `stashing` (waits between chunks with
-    rows stashed).
+    (prompt fully allocated, not yet compressed), `null_blocks` (compressed), `unsettled` (compressed in a step whose
+    worker has not told yet how many of the blocks its kept pages needed), `stashing` (waits between chunks with rows
+    stashed).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,6 +39,7 @@ class CompressingManager(FullAttentionManager):
         self.finishing: set[str] = set()
         self.stashing: set[str] = set()
         self.null_blocks: dict[str, int] = {}
+        self.unsettled: dict[str, list[int]] = {}
 
     def get_num_blocks_to_allocate(
         self,
@@ -76,6 +78,7 @@ class CompressingManager(FullAttentionManager):
         self.finishing.discard(request_id)
         self.stashing.discard(request_id)
         self.null_blocks.pop(request_id, None)
+        self.unsettled.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
     def compress(self, request_ids: Iterable[str]) -> dict[str, list[int]]:
@@ -104,8 +107,33 @@ class CompressingManager(FullAttentionManager):
             self.finishing.discard(rid)
             self.stashing.discard(rid)
             self.null_blocks[rid] = plan.num_freed_blocks
-            destinations[rid] = [block.block_id for block in kept]
+            destinations[rid] = self.unsettled[rid] = [block.block_id for block in kept]
         return destinations
+
+    def settle(self, request_id: str, destination: list[int], surplus: int) -> int:
+        """Give back the leading blocks of a destination that its step's kept pages did not need.
+
+        A later step may be in flight, scheduled when the blocks still were the request's. It does not touch them: the
+        request's pages are read where the worker has put them, not through its table, new entries go to blocks after
+        the prompt's, and a step that takes the blocks for another request runs after it.
+
+        Args:
+            request_id: whose prompt ended.
+            destination: what `compress` returned for that step: the very list, so that a request preempted, finished
+                or compressed anew since then, whose blocks went back as a whole, is not mistaken for it.
+            surplus: blocks.
+
+        Returns:
+            Blocks that went back.
+        """
+        if self.unsettled.get(request_id) is not destination:
+            return 0
+        del self.unsettled[request_id]
+        table, first = self.req_to_blocks[request_id], self.null_blocks[request_id]
+        self.block_pool.free_blocks(reversed(table[first : first + surplus]))
+        table[first : first + surplus] = [self._null_block] * surplus
+        self.null_blocks[request_id] += surplus
+        return surplus
 
     def num_stash_tokens(self) -> int:
         """Prompt tokens of requests whose residual rows wait for their last chunk."""
@@ -118,7 +146,7 @@ class CompressingManager(FullAttentionManager):
             RuntimeError: a block was lost or a request's state was left behind.
         """
         free, total = self.block_pool.get_num_free_blocks(), self.block_pool.num_gpu_blocks - 1
-        left = [*self.plans, *self.finishing, *self.stashing, *self.null_blocks]
+        left = [*self.plans, *self.finishing, *self.stashing, *self.null_blocks, *self.unsettled]
         if free != total or left:
             raise RuntimeError(f"block pool integrity: idle with {free} of {total} blocks free and state of {left}")
 

@@ -60,6 +60,11 @@ class PagePool:
         return self.first[:, None, None] + blocks * self.num_heads + heads[:, None]
 
 
+def blocks_for(counts: torch.Tensor) -> int:
+    """Blocks that have room for so many pages of each layer and head, [L, H] int64."""
+    return -(-int(counts.sum()) // counts.numel())
+
+
 @dataclass(frozen=True)
 class HeadPages:
     """Where the kept entries of one compressed prompt lie.
@@ -79,7 +84,7 @@ class HeadPages:
         """Give each layer and head its own pages of the destination blocks, then what others leave.
 
         Even counts get exactly their own. Layers and heads that want more take free pages in order of layer, head and
-        block.
+        block. Blocks that are not needed stay empty, the first ones.
 
         Args:
             num_whole: whole blocks of the prompt.
@@ -87,7 +92,7 @@ class HeadPages:
             pool: of the engine.
             destination: ids of the blocks that hold the kept pages.
         """
-        own = pool.pages(torch.tensor(destination))  # [L, H, R]
+        own = pool.pages(torch.tensor(destination[-blocks_for(counts) :]))  # [L, H, R]
         most = max(int(counts.max()), own.shape[2])
         wanted = torch.arange(most) < counts.unsqueeze(-1)
         pages = torch.nn.functional.pad(own, (0, most - own.shape[2]))

@@ -16,6 +16,7 @@ from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionM
 from fastkv_vllm.adapter.batch import Batch, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
+from fastkv_vllm.adapter.ragged import blocks_for
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
@@ -116,9 +117,11 @@ class CPUCompressionRunner(CPUModelRunner):
         return Batch(tuple(prefills), null_blocks, held, block_size)
 
     def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
-        """Put null blocks and kept blocks into the request's table, as the scheduler has done in its own."""
+        """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""
         prompt = plan.prefills[request_id]
-        whole = [0] * prompt.num_freed_blocks + destination
+        held = self.compressor.held.get(request_id)
+        kept = destination if held is None else destination[-blocks_for(held.counts) :]
+        whole = [0] * (prompt.num_whole_blocks - len(kept)) + kept
         self.requests[request_id].block_ids[0][: len(whole)] = whole
         row = self.input_batch.req_id_to_index[request_id]
         self.input_batch.block_table[0].block_table.np[row, : len(whole)] = whole

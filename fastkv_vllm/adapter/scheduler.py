@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -15,7 +16,7 @@ from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
 from fastkv_vllm.adapter.request import context_tokens
-from fastkv_vllm.adapter.step import CompressionStats, Orders, attach_orders, stats_of
+from fastkv_vllm.adapter.step import CompressionStats, Orders, attach_orders, orders_of, stats_of
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
 from fastkv_vllm.config import CompressionConfig
@@ -98,6 +99,7 @@ class _CompressionMixin(Scheduler):
         if stats is not None:
             self.totals.add_worker(stats)
             self._unreported.add_worker(stats)
+            self._settle(orders_of(scheduler_output).plan, stats.surplus)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.has_unfinished_requests():
             self._check_idle()
@@ -132,11 +134,21 @@ class _CompressionMixin(Scheduler):
         num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
         return config.plan(num_tokens, self.manager.block_size)
 
+    def _settle(self, plan: StepPlan, surplus: Mapping[str, int]) -> None:
+        """Give back what the prompts that ended in a step did not need of their budget, now that its worker knows."""
+        for rid, destination in plan.destinations.items():
+            num_blocks = self.manager.settle(rid, destination, surplus.get(rid, 0))
+            prompt = plan.prefills[rid]
+            for stats in (self.totals, self._unreported):
+                stats.prompt_tokens_kept += prompt.num_kept - num_blocks * prompt.block_size
+                stats.blocks_freed += num_blocks
+            if num_blocks:
+                logger.debug("request %s: %d more blocks freed by the halting rule", rid, num_blocks)
+
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
         for stats in (self.totals, self._unreported):
             stats.requests_compressed += 1
             stats.prompt_tokens_seen += plan.num_tokens
-            stats.prompt_tokens_kept += plan.num_kept
             stats.blocks_freed += plan.num_freed_blocks
         logger.debug(
             "%s: request %s compressed from %d to %d entries per head, rows after layers: %s, %d blocks freed",

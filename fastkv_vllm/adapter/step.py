@@ -19,7 +19,8 @@ class WorkerStats:
     """What a worker did in one step; the scheduler adds it to its totals.
 
     Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
-    microseconds spent scoring and selecting, microseconds spent moving entries.
+    microseconds spent scoring and selecting, microseconds spent moving entries; request whose prompt ended ->
+    leading blocks of its destination that its pages did not need.
     """
 
     tsp_rows_in: int = 0
@@ -27,6 +28,7 @@ class WorkerStats:
     stash_bytes: int = 0
     score_us: int = 0
     compact_us: int = 0
+    surplus: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class CompressionStats:
 
     def add_worker(self, stats: WorkerStats) -> None:
         for item in fields(WorkerStats):
-            if item.name != "stash_bytes":
+            if item.name not in ("stash_bytes", "surplus"):
                 setattr(self.worker, item.name, getattr(self.worker, item.name) + getattr(stats, item.name))
         self.worker.stash_bytes = stats.stash_bytes
 

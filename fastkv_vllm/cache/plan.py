@@ -36,7 +36,8 @@ class PromptPlan:
         window_size: last tokens whose queries vote.
         num_sink: first tokens that always stay.
         num_recent: last tokens that always stay, the window among them.
-        is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean.
+        is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean, and the most it can be
+            where a halting rule may ask for less.
     """
 
     num_tokens: int

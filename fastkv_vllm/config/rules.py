@@ -59,6 +59,9 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     if cls.one_choice:
         rule = f"uniform: in {config.method} all heads keep the same entries"
         check(config.head_budgets == UNIFORM, "head_budgets", rule, config)
+    fill_in(config, "halting_loss", cls.default_halting_loss)
+    loss = config.halting_loss
+    check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
     check_head_weights(config)
     check(is_number(config.head_beta) and 1 <= config.head_beta < math.inf, "head_beta", "a number >= 1", config)
     check(is_number(config.head_floor) and 0 <= config.head_floor <= 1, "head_floor", "in [0, 1]", config)

@@ -40,6 +40,8 @@ class CompressionConfig:
         streaming_tokens: entries of a head that is no retrieval head, sinks among them.
         pyramid_beta: steepness of the pyramid: the last layer has a beta-th of the even budget.
         head_floor: share of the even budget each head has of its own under "adaptive", [0, 1].
+        halting_loss: share of the norm of the last query's attention that a layer may lose, (0, 1): it keeps no more
+            pages than that takes, and the budget is a ceiling; None: the method's own, which may be no such rule.
         min_tokens: prompts below this are left alone.
         max_tsp_tokens: most prompt tokens whose residual rows wait for their last chunk, over all requests; prompts
             wait for their turn beyond it; None: the model's maximum length.
@@ -65,6 +67,7 @@ class CompressionConfig:
     streaming_tokens: int = 320
     pyramid_beta: int = 20
     head_floor: float = 0.2
+    halting_loss: float | None = None
     min_tokens: int = 512
     max_tsp_tokens: int | None = None
 
@@ -208,6 +211,6 @@ class CompressionConfig:
             num_sink=self.num_sink,
             min_tokens=self.min_tokens,
             num_recent=num_recent,
-            is_ragged=self.make_allocator().is_ragged,
+            is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
         )

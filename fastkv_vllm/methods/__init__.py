@@ -12,9 +12,11 @@ from fastkv_vllm.methods.budgets import (
     Allocator,
     BudgetOptions,
 )
+from fastkv_vllm.methods.dbudgetkv import DBudgetKV
 from fastkv_vllm.methods.duoattention import DuoAttention
 from fastkv_vllm.methods.fastkv import FastKV
 from fastkv_vllm.methods.h2o import H2O
+from fastkv_vllm.methods.halting import halting_pages, kept_norms, last_attention
 from fastkv_vllm.methods.headkv import HeadKV
 from fastkv_vllm.methods.lazyllm import LazyLLM
 from fastkv_vllm.methods.pyramidinfer import PyramidInfer
@@ -38,6 +40,7 @@ __all__ = [
     "AdaKV",
     "Allocator",
     "BudgetOptions",
+    "DBudgetKV",
     "DuoAttention",
     "FastKV",
     "HeadKV",
@@ -48,6 +51,9 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "add_heads",
+    "halting_pages",
+    "kept_norms",
+    "last_attention",
     "method_class",
     "method_names",
     "register",

@@ -25,8 +25,9 @@ class Method(ABC):
         propagates: the method also chooses the rows that go on after a cut.
         one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
         recent_ones_vote: the queries of all recent tokens vote, not those of the last `window_size`.
-        default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay: the fields
-            of CompressionConfig without `default_`, when the configuration does not say.
+        default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
+            default_halting_loss: the fields of CompressionConfig without `default_`, when the configuration does not
+            say.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
     Fields:
@@ -45,6 +46,7 @@ class Method(ABC):
     default_recent_share: ClassVar[float] = 0.0
     default_value_norms: ClassVar[bool] = False
     default_decay: ClassVar[float | None] = None
+    default_halting_loss: ClassVar[float | None] = None
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

@@ -204,7 +204,7 @@ class Engine:
         self.manager.check_integrity()
         left = {
             name: value
-            for name in ("plans", "null_blocks", "finishing", "stashing")
+            for name in ("plans", "null_blocks", "unsettled", "finishing", "stashing")
             if (value := getattr(self.manager, name))
         }
         assert not left, f"left in the manager: {left}"

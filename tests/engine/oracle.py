@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -51,7 +52,14 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
         head_weights=config.head_weights,
         decay=config.decay,
         value_norms=config.value_norms,
+        halting_loss=config.halting_loss,
     )
+
+
+def freed_blocks(plan: PromptPlan, generation: Generation) -> int:
+    """Blocks that a prompt gives back whose pages are shared as the reference has kept entries."""
+    heads = [len(head) - plan.num_tail for layer in generation.kept for head in layer]
+    return plan.num_whole_blocks - -(-sum(heads) // (plan.block_size * len(heads)))
 
 
 def reference(
@@ -97,9 +105,13 @@ def _model(checkpoint: Path) -> ReferenceModel:
 def _generate(
     checkpoint: Path, prompt: tuple[int, ...], max_tokens: int, drop: Drop | None, num_context: int
 ) -> tuple[Generation, float]:
-    """Generation, and the smallest relative distance between a chosen score and one that was not."""
+    """Generation, and the smallest relative distance between a chosen score and one that was not.
+
+    Or between a loss and the halting rule's limit, in shares of the norm.
+    """
     gaps = [1.0]
     select, best_by_head = tests.reference.model.select_positions, tests.reference.budgets.best_by_head
+    losses_by_count = tests.reference.budgets.losses_by_count
 
     def select_and_measure(scores: Sequence[float], positions: Sequence[int], count: int, drop: Drop) -> list[int]:
         chosen = select(scores, positions, count, drop)
@@ -125,7 +137,14 @@ def _generate(
         gaps.append(float(((others - last).abs() / last).min()))
         return best_by_head(drop, scores, positions, count, tail_from)
 
+    def lose_and_measure(drop: Drop, *layer: Any) -> list[float]:
+        losses = losses_by_count(drop, *layer)
+        # Lengths are rounded up to whole pages: losses between two of them decide nothing.
+        gaps.extend(abs(loss - drop.halting_loss) for loss in losses[drop.block_size :: drop.block_size])
+        return losses
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)
         patch.setattr(tests.reference.budgets, "best_by_head", count_and_measure)
+        patch.setattr(tests.reference.budgets, "losses_by_count", lose_and_measure)
         return _model(checkpoint).generate(prompt, max_tokens, drop, num_context), min(gaps)

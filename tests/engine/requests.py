@@ -4,7 +4,7 @@ import json
 
 from fastkv_vllm.config import CompressionConfig
 from tests.engine.harness import sampling
-from tests.engine.oracle import clear, make_prompts, plan_of
+from tests.engine.oracle import clear, freed_blocks, make_prompts, plan_of, reference
 from tests.engine.settings import REQUESTS
 
 LENGTHS = [1111, 700, 832, 500, 1300, 640, 901, 333, 777, 1024]
@@ -39,4 +39,7 @@ def answer(engine, names=tuple(REQUESTS), max_tokens=24, shift=0):
     plans = [plan_of(config, len(prompt)) for prompt, config, _ in asked if config is not None]
     assert engine.totals.requests_compressed - before[0] == len(plans)
     assert engine.totals.left_alone.get("requested", 0) - before[1].get("requested", 0) == len(asked) - len(plans)
-    assert engine.totals.blocks_freed - before[2] == sum(plan.num_freed_blocks for plan in plans)
+    kept = [
+        reference(engine.checkpoint, config, prompt, max_tokens) for prompt, config, _ in asked if config is not None
+    ]
+    assert engine.totals.blocks_freed - before[2] == sum(map(freed_blocks, plans, kept))

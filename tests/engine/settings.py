@@ -16,6 +16,8 @@ METHODS = {
 # Name -> method and configuration: the methods, and a schedule of cuts.
 EXACT = {name: (name, config) for name, config in METHODS.items()} | {"fastkv-cuts": ("fastkv", CUTS)}
 DUO = {"min_tokens": 128, "num_sink": 4, "streaming_tokens": 60, "retention_ratio": 0.4}
+# With random weights layers lose 0.4 of the norm once a tenth to three quarters of the oldest entries are gone.
+HALTING = {"min_tokens": 128, "retention_ratio": 0.6, "halting_loss": 0.4}
 # Of 8 layers with 2 KV heads.
 WEIGHTS = [[0.1, 0.3], [0.9, 0.0], [0.2, 0.2], [0.05, 0.4], [0.7, 0.1], [0.0, 0.0], [0.3, 0.6], [0.8, 0.2]]
 # Name -> method and configuration with budgets that differ by layer, by head, by both, and after a cut.
@@ -31,6 +33,9 @@ RAGGED = {
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
+    "dbudgetkv": ("dbudgetkv", HALTING),
+    "snapkv-halting": ("snapkv", HALTING | {"halting_loss": 0.1, "layer_budgets": "pyramid"}),
+    "fastkv-halting": ("fastkv", HALTING | {"tsp_layer": 3, "tsp_ratio": 0.7}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
 # Name -> method and configuration of requests that are served together.
@@ -45,5 +50,6 @@ REQUESTS = {
     "adakv": ("adakv", SMALL | {"retention_ratio": 0.25}),
     "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
     "streamingllm": ("streamingllm", SMALL | {"retention_ratio": 0.1}),
+    "dbudgetkv": ("dbudgetkv", HALTING),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -8,12 +8,15 @@ from vllm.platforms.cpu import CpuPlatform
 from fastkv_vllm.adapter import wiring
 from fastkv_vllm.adapter.scheduler import AsyncCompressionScheduler
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import METHODS, MIXED
+from tests.engine.settings import HALTING, METHODS, MIXED
 
 ASYNC = f"{AsyncCompressionScheduler.__module__}.{AsyncCompressionScheduler.__qualname__}"
 
 
-@pytest.fixture(params=METHODS, scope="module")
+ENGINES = METHODS | {"dbudgetkv": HALTING}
+
+
+@pytest.fixture(params=ENGINES, scope="module")
 def engine(request, start):
     """vLLM switches run-ahead off on CPU; here its scheduler gets it and a queue of two batches.
 
@@ -28,7 +31,7 @@ def engine(request, start):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastkv_vllm.adapter.patches.engine_args_config.wire_compression", wire_async)
         patch.setattr(VllmConfig, "max_concurrent_batches", property(lambda self: 2))
-        engine = start(request.param, METHODS[request.param])
+        engine = start(request.param, ENGINES[request.param])
     assert type(engine.scheduler) is AsyncCompressionScheduler
     assert engine.core.step_fn == engine.core.step_with_batch_queue
     return engine

@@ -52,7 +52,8 @@ def test_pages_are_the_references(engine, num_tokens):
     expected = reference(engine.checkpoint, engine.config, prompt, 4)
     counts = torch.tensor([[len(head) for head in layer] for layer in expected.kept])
     assert torch.equal(held[-1].counts * BLOCK_SIZE + plan.num_tail, counts)
-    assert int(held[-1].counts.sum()) == plan.num_pages * counts.numel(), "as many pages as the blocks that stay"
+    if engine.config.halting_loss is None:
+        assert int(held[-1].counts.sum()) == plan.num_pages * counts.numel(), "as many pages as the blocks that stay"
     assert len(set(counts.flatten().tolist())) > 1, "the test needs uneven budgets"
     taken = held[-1].pages[torch.arange(held[-1].pages.shape[2]) < held[-1].counts.unsqueeze(-1)]
     assert len(set(taken.tolist())) == len(taken), "a page is held twice"
@@ -79,7 +80,7 @@ def test_a_crowd_in_a_small_pool(start, uneven):
     assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
 
 
-@pytest.mark.parametrize("name", ["adakv", "pyramidkv"])
+@pytest.mark.parametrize("name", ["adakv", "pyramidkv", "dbudgetkv"])
 def test_prefix_caching(start, name):
     """Fresh blocks take the pages; a block may be source of one request and destination of another in one step."""
     engine = start(*RAGGED[name], enable_prefix_caching=True, num_gpu_blocks_override=120)

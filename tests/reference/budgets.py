@@ -62,6 +62,61 @@ def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor
     return counts
 
 
+def halt(
+    drop: Drop,
+    counts: Sequence[Sequence[int]],
+    scores: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    attention: Sequence[Tensor],
+    num_tokens: int,
+) -> list[list[int]]:
+    """DBudgetKV's rule, arXiv 2502.16886: entries that stay of each layer and head where it asks for fewer, [L][H].
+
+    Args:
+        drop: the rule and the forced entries.
+        counts: entries that stay without the rule, tail included, [L][H].
+        scores, positions, num_tokens: see `kept_counts`.
+        attention: of the last query in each layer, [Hq, n].
+    """
+    tail = num_tokens % drop.block_size
+    forced = sum(drop.is_forced(p) for p in range(num_tokens - tail))
+    halted = []
+    for row, *layer in zip(counts, scores, positions, attention, strict=True):
+        losses = losses_by_count(drop, *layer, num_tokens - tail)
+        length = len(losses) - 1
+        while length > forced + 1 and losses[length - 1] <= drop.halting_loss:
+            length -= 1
+        pages = (length + drop.block_size - 1) // drop.block_size
+        halted.append([min(count, pages * drop.block_size + tail) for count in row])
+    return halted
+
+
+def losses_by_count(drop: Drop, scores: Tensor, positions: Tensor, attention: Tensor, tail_from: int) -> list[float]:
+    """What a layer loses of the norm of its last query's attention, by how many entries before the tail stay.
+
+    Entries go one at a time in each head, the lowest score first, of equals the last; the norm is a mean over query
+    heads. All float64.
+    """
+    group_size = attention.shape[0] // scores.shape[0]
+    norms = []
+    for head, row in enumerate(attention.double().tolist()):
+        ranked, squares = [], 0.0
+        for i, position in enumerate(positions.tolist()):
+            if position >= tail_from:
+                squares += row[i] ** 2
+            elif drop.is_forced(position):
+                ranked.append((float("-inf"), position, row[i]))
+            else:
+                ranked.append((-float(scores[head // group_size, i]), position, row[i]))
+        kept = [squares]
+        for _, _, weight in sorted(ranked):
+            squares += weight**2
+            kept.append(squares)
+        norms.append([n**0.5 for n in kept])
+    means = [sum(column) / len(norms) for column in zip(*norms, strict=True)]
+    return [(means[-1] - mean) / means[-1] for mean in means]
+
+
 def pyramid(drop: Drop, num_layers: int, num_tokens: int) -> list[float]:
     """PyramidKV's budgets, entries of each layer with the window: arXiv 2406.02069, section 3.2."""
     even = drop.num_kept - drop.window_size

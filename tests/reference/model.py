@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.reference.budgets
-from tests.reference.scores import all_query_scores, last_query_scores, recent_query_scores, value_norms
+from tests.reference.scores import (
+    all_query_scores,
+    last_query_attention,
+    last_query_scores,
+    recent_query_scores,
+    value_norms,
+)
 from tests.reference.selection import Drop, select_positions, window_scores
 
 
@@ -109,7 +115,7 @@ class ReferenceModel:
         """Run the prompt: the last layer's hidden rows, the layers after dropping, kept and tsp_indices."""
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
-        layers, seen, rated, tsp_indices = [], [], [], []
+        layers, seen, rated, attention, tsp_indices = [], [], [], [], []
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
         for index, weights in enumerate(self.layer_weights):
@@ -119,6 +125,7 @@ class ReferenceModel:
             seen.append(positions)
             if drop is not None:
                 rated.append(_score(queries, keys, values, positions, drop))
+                attention.append(last_query_attention(queries, keys))
                 for _, num_rows in (cut for cut in drop.cuts if cut[0] == index):
                     chosen = _select(sum(rated[-1]), positions, num_rows, drop)
                     hidden = hidden[torch.searchsorted(positions, chosen)]
@@ -127,6 +134,8 @@ class ReferenceModel:
         kept = []
         if drop is not None:
             counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt))
+            if drop.halting_loss is not None:
+                counts = tests.reference.budgets.halt(drop, counts, rated, seen, attention, len(prompt))
             for layer, scores, rows, numbers in zip(layers, rated, seen, counts, strict=True):
                 stay = [_select(head, rows, number, drop) for head, number in zip(scores, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)

@@ -68,6 +68,12 @@ def recent_query_scores(queries: Tensor, keys: Tensor, num_recent: int) -> Tenso
     return scores
 
 
+def last_query_attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention of the last query to every key: queries [Hq, n, D], keys [H, n, D] -> [Hq, n], same dtype."""
+    group_size = queries.shape[0] // keys.shape[0]
+    return torch.stack([_probabilities(head[-1], keys[i // group_size]) for i, head in enumerate(queries)])
+
+
 def value_norms(values: Tensor) -> Tensor:
     """L1 norm of every value vector: values [H, n, D] -> [H, n], same dtype.
 

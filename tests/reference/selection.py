@@ -10,7 +10,7 @@ from torch import Tensor
 
 _WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
-_NO_SCORES = ("streamingllm", "duoattention")
+_NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv")
 _ONE_CHOICE = ("tova", "lazyllm", "pyramidinfer")
 _METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_ONE_CHOICE)
 
@@ -19,9 +19,9 @@ _METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_ONE_CHOICE)
 class Drop:
     """Which entries a method drops at the end of the prompt.
 
-    method: "streamingllm" and "duoattention" (the most recent stay), "tova" and "lazyllm" (the last query votes, once
-        for all heads), "pyramidinfer" (the last window_size queries vote, later ones more, once for all heads),
-        "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
+    method: "streamingllm", "duoattention", "dbudgetkv" (the most recent stay), "tova" and "lazyllm" (the last query
+        votes, once for all heads), "pyramidinfer" (the last window_size queries vote, later ones more, once for all
+        heads), "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
@@ -33,6 +33,7 @@ class Drop:
     pyramid_beta, head_floor, head_beta, streaming_tokens, head_weights [L][H]: their numbers.
     decay: weight of a row's votes relative to the next one's, where all vote.
     value_norms: scores are multiplied by the L1 norms of the values.
+    halting_loss: a layer keeps no more pages than it needs to lose at most this share of the last query's norm.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Drop:
     head_weights: tuple[tuple[float, ...], ...] | None = None
     decay: float | None = None
     value_norms: bool = False
+    halting_loss: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
