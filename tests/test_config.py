@@ -33,6 +33,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "recent_share": 0.0,
         "value_norms": False,
         "decay": None,
+        "halting_loss": None,
         "kernel_size": 7,
         "pooling": "max",
         "layer_budgets": "uniform",
@@ -192,6 +193,7 @@ BAD = [
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],
     *[("value_norms", value, "true or false") for value in (0, 1, "true")],
     *[("decay", value, "left out: in fastkv not all queries vote") for value in (1.0, "1")],
+    *[("halting_loss", value, r"in \(0, 1\)") for value in (0, 1, -0.1, "0.1", True)],
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
 ]
 
@@ -325,6 +327,13 @@ def test_own_cuts_make_up_the_ratio(method: str, num_layers: int) -> None:
             CompressionConfig.from_mapping(method, {name: 700})
     with pytest.raises(ValueError, match="layer_budgets must be one of"):
         CompressionConfig(method, layer_budgets="pyramid")
+
+
+def test_a_halting_rule_makes_budgets_uneven() -> None:
+    assert CompressionConfig("dbudgetkv").halting_loss == 0.01 and CompressionConfig("snapkv").halting_loss is None
+    for config in (CompressionConfig("dbudgetkv"), CompressionConfig("snapkv", halting_loss=0.05)):
+        plan = config.plan(2000, 32)
+        assert isinstance(plan, PromptPlan) and plan.is_ragged
 
 
 def test_too_little_for_a_schedule_is_refused() -> None:
