@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastkv_vllm.methods import method_class
+
 BLOCK_SIZE = 32
 STEP_TOKENS = 2048
 WARM_UP_TOKENS = 2048
@@ -37,7 +39,7 @@ class Setup:
     @property
     def propagates(self) -> bool:
         """Whether fewer rows must leave the last TSP layer than reached the first."""
-        return self.compresses and "tsp_layer" in self.config
+        return self.method is not None and self.compresses and method_class(self.method).propagates
 
     @property
     def is_rival(self) -> bool:
