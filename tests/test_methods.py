@@ -10,7 +10,18 @@ from torch import Tensor
 
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.select import select
-from fastkv_vllm.methods import Method, add_heads, method_class, method_names, register
+from fastkv_vllm.methods import (
+    Method,
+    add_heads,
+    halting_pages,
+    kept_norms,
+    last_attention,
+    method_class,
+    method_names,
+    register,
+)
+from tests.reference import Drop
+from tests.reference.budgets import halt
 
 WINDOW, HEADS, GROUP, HEAD_DIM = 8, 2, 4, 64
 EACH_METHOD = pytest.mark.parametrize("name", method_names())
@@ -128,6 +139,29 @@ def test_streamingllm_keeps_sinks_and_the_most_recent(num_tokens: int) -> None:
 def test_streamingllm_follows_positions_not_columns() -> None:
     positions = torch.tensor([0, 5, 9, 40, 1000])
     assert score("streamingllm", {"positions": positions}).tolist() == [[0.0, 5.0, 9.0, 40.0, 1000.0]]
+
+
+@pytest.mark.parametrize("name", ["dbudgetkv", "snapkv"])
+@pytest.mark.parametrize("loss", [0.01, 0.1, 0.3, 0.6])
+def test_the_halting_rule_drops_as_long_as_it_may(name: str, loss: float) -> None:
+    """Pages by prefix sums are those of a loop that drops entry by entry."""
+    num_tokens, size = 211, 16
+    inputs, tail = make_inputs(num_tokens), num_tokens % 16
+    inputs["queries"] = inputs["queries"] * 3  # some keys stand out
+    drop = Drop(name, num_tokens, num_tokens - WINDOW, num_sink=4, block_size=size, halting_loss=loss)
+    attention = last_attention(inputs["queries"][-1], inputs["keys"])
+    scores = score(name, inputs).expand(HEADS, -1)
+    norms = kept_norms(force(scores, 4)[:, : num_tokens - tail], attention, size)
+    everything = [[num_tokens] * HEADS]
+    (counts,) = halt(drop, everything, [scores], [inputs["positions"]], [attention.flatten(0, 1)], num_tokens)
+    assert counts == [halting_pages(norms, loss, least=1) * size + tail] * HEADS
+    assert len(norms) == num_tokens // size + 1 and bool((norms.diff() >= 0).all())
+
+
+def test_the_halting_rule_stays_within_its_bounds() -> None:
+    norms = torch.tensor([0.5, 0.8, 0.9, 1.0])
+    assert [halting_pages(norms, loss, least=1) for loss in (0.6, 0.3, 0.15, 0.01)] == [1, 2, 3, 3]
+    assert halting_pages(norms, 0.6, least=2) == 2
 
 
 def test_tova_asks_the_last_query_only() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from tests.reference import FAMILIES, Drop, Generation, ReferenceModel, make_checkpoint
+from tests.reference.budgets import losses_by_count
 from tests.reference.selection import select_positions, window_scores
 
 NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
@@ -339,3 +340,11 @@ def test_reference_imports_neither_side_of_what_it_judges() -> None:
                 else [getattr(node, "module", None) or ""]
             )
             assert not {name.split(".")[0] for name in names} & {"vllm", "fastkv_vllm"}, file.name
+
+
+def test_losses_of_the_halting_rule_by_hand() -> None:
+    """Two query heads, two entries and a tail of one: norms 3, 5 (3 and 4), 13 (with 12), and thrice 5."""
+    drop = Drop("dbudgetkv", 2, 2, num_sink=0, block_size=2, halting_loss=0.5)
+    attention = torch.tensor([[12.0, 4.0, 3.0], [0.0, 0.0, 5.0]])
+    losses = losses_by_count(drop, torch.tensor([[0.0, 1.0, 2.0]]), torch.arange(3), attention, tail_from=2)
+    assert losses == pytest.approx([1 - (3 + 5) / 18, 1 - (5 + 5) / 18, 0.0])

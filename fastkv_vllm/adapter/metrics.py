@@ -15,7 +15,7 @@ COUNTERS = {
     "vllm:fastkv_requests_compressed": "Prompts compressed; one compressed again after preemption counts again.",
     "vllm:fastkv_prompt_tokens_seen": "Tokens of compressed prompts.",
     "vllm:fastkv_prompt_tokens_kept": "Entries kept per layer and KV head of compressed prompts.",
-    "vllm:fastkv_blocks_freed": "Blocks given back to the pool at the end of prefill.",
+    "vllm:fastkv_blocks_freed": "Blocks given back to the pool at the end of prefill, or (halting rule) a step later.",
     "vllm:fastkv_tsp_rows_in": "Rows that reached the first TSP layer.",
     "vllm:fastkv_tsp_rows_out": "Rows that went on after the last TSP layer.",
     "vllm:fastkv_score_seconds": "Time spent scoring and selecting entries, first worker.",
