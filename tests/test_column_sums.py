@@ -34,7 +34,7 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def decayed_sums(queries: Tensor, keys: Tensor, start: int, decay: float) -> Tensor:
-    return column_sums(queries, keys, start=start, weights=age_weights(queries.shape[0], decay))
+    return column_sums(queries, keys, start=start, weights=age_weights(queries.shape[0], decay, queries.device))
 
 
 def slow_sums(queries: Tensor, keys: Tensor, decay: float) -> Tensor:

@@ -322,6 +322,10 @@ def test_own_cuts_make_up_the_ratio(method: str, num_layers: int) -> None:
         given = dataclasses.replace(CompressionConfig(method), **{name: value})
         with pytest.raises(ValueError, match=f"{name} must be left out: where {method} cuts rows follows from"):
             given.for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=2048)
+    for ratio, share in ((0.7, 1.0), (1.0, 0.5)):
+        given = CompressionConfig(method, retention_ratio=ratio, tsp_ratio=share)
+        with pytest.raises(ValueError, match=f"tsp_ratio must be left out: where {method} cuts rows follows from"):
+            given.for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=2048)
     for name in ("budget", "tsp_tokens"):
         with pytest.raises(ValueError, match=f"{name} must be left out: where {method} cuts rows"):
             CompressionConfig.from_mapping(method, {name: 700})
@@ -334,6 +338,19 @@ def test_a_halting_rule_makes_budgets_uneven() -> None:
     for config in (CompressionConfig("dbudgetkv"), CompressionConfig("snapkv", halting_loss=0.05)):
         plan = config.plan(2000, 32)
         assert isinstance(plan, PromptPlan) and plan.is_ragged
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("method", [m for m in method_names() if method_class(m).layer_budgets in CUT_BUDGETS])
+def test_own_cuts_of_shallow_models(method: str, num_layers: int) -> None:
+    """A cut is followed by a layer, or there is none and the ratio is refused."""
+    shape = {"num_layers": num_layers, "num_kv_heads": 2, "max_model_len": 2048}
+    config = CompressionConfig(method, retention_ratio=0.9)
+    if (method, num_layers) != ("lazyllm", 2):  # the first layers of a pyramid hand everything on
+        with pytest.raises(ValueError, match=r"must be at least 1.000 here; got 0.9"):
+            config.for_model(**shape)
+    else:
+        assert config.for_model(**shape).tsp_layers == (0,)
 
 
 def test_too_little_for_a_schedule_is_refused() -> None:

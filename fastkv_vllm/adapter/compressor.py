@@ -262,7 +262,7 @@ class Compressor:
         """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""
         decay = prefill.recipe.config.decay
         assert decay is not None, "filled in by CompressionConfig"
-        weights = age_weights(prefill.count, decay)
+        weights = age_weights(prefill.count, decay, query.device)
         sums = column_sums(query[prefill.rows], keys, start=prefill.start, weights=weights)
         if prefill.start:
             before = self.sums[prefill.request_id, layer]

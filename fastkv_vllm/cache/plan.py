@@ -84,6 +84,13 @@ class PromptPlan:
         """Blocks that return to the pool when the prompt is done."""
         return self.num_whole_blocks - self.num_pages
 
+    def rows_after(self, num_layers: int) -> list[int]:
+        """Rows that go on after each layer, the last one among them, [num_layers]."""
+        cuts, rows = dict(self.cuts), [self.num_tokens]
+        for layer in range(num_layers):
+            rows.append(cuts.get(layer, rows[-1]))
+        return rows[1:]
+
     def peak_tokens(self, num_tokens: int) -> int:
         """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""
         return max(min(num_tokens, self.num_tokens), num_tokens - self.num_freed_blocks * self.block_size)

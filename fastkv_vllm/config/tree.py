@@ -119,9 +119,9 @@ class CompressionConfig:
                     f"kv_compression_config: head_weights must be of {num_layers} layers with {num_kv_heads} KV heads "
                     f"each, as the model has; got {len(weights)} with {', '.join(map(str, sorted(widths)))}"
                 )
+        self = self._with_schedule(num_layers)
         if not self.uses_tsp:
             return self
-        self = self._with_schedule(num_layers)
         layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
         limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
         if not 0 <= each(layer)[-1] < num_layers - 1:
@@ -142,11 +142,13 @@ class CompressionConfig:
         if cls.layer_budgets not in CUT_BUDGETS:
             return self
         assert self.retention_ratio is not None and self.recent_share is not None, "filled in by __post_init__"
-        try:
-            schedule = cls.schedule(num_layers, self.retention_ratio, self.recent_share)
-        except ValueError as error:
-            raise ValueError(f"kv_compression_config: retention_ratio of {self.method}: {error}") from error
-        own: dict[str, Any] = dict(zip(("tsp_layer", "tsp_ratio"), zip(*schedule, strict=True), strict=True))
+        own: dict[str, Any] = {"tsp_layer": None, "tsp_ratio": None}
+        if self.retention_ratio < 1:
+            try:
+                schedule = cls.schedule(num_layers, self.retention_ratio, self.recent_share)
+            except ValueError as error:
+                raise ValueError(f"kv_compression_config: retention_ratio of {self.method}: {error}") from error
+            own["tsp_layer"], own["tsp_ratio"] = zip(*schedule, strict=True)
         for name, value in own.items():
             if getattr(self, name) not in (None, value):
                 raise ValueError(

@@ -15,12 +15,7 @@ from fastkv_vllm.methods.tova import TOVA
 
 def seen(plan: PromptPlan, num_layers: int, options: BudgetOptions) -> list[float]:
     """Entries of each layer: all it sees."""
-    cuts = dict(plan.cuts)
-    rows, entries = plan.num_tokens, []
-    for layer in range(num_layers):
-        entries.append(float(rows - plan.num_tail))
-        rows = cuts.get(layer, rows)
-    return entries
+    return [float(rows - plan.num_tail) for rows in [plan.num_tokens, *plan.rows_after(num_layers)[:-1]]]
 
 
 CUT_BUDGETS["seen"] = seen
@@ -50,7 +45,7 @@ class LazyLLM(TOVA):
     @classmethod
     def schedule(cls, num_layers: int, retention_ratio: float, recent_share: float) -> Sequence[tuple[int, float]]:
         ends = [round(quarter * num_layers / 4) - 1 for quarter in (1, 2, 3)]
-        cuts = sorted({end for end in ends if end >= 0})
+        cuts = sorted({end for end in ends if 0 <= end < num_layers - 1})
 
         def mean(share: float) -> float:
             return sum(share ** sum(end < layer for end in cuts) for layer in range(num_layers)) / num_layers

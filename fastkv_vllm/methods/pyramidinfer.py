@@ -18,12 +18,7 @@ from fastkv_vllm.methods.registry import register
 
 def handed_on(plan: PromptPlan, num_layers: int, options: BudgetOptions) -> list[float]:
     """Entries of each layer: the rows it hands on, the last layer all it sees."""
-    cuts = dict(plan.cuts)
-    rows, entries = plan.num_tokens, []
-    for layer in range(num_layers):
-        rows = cuts.get(layer, rows)
-        entries.append(float(rows - plan.num_tail))
-    return entries
+    return [float(rows - plan.num_tail) for rows in plan.rows_after(num_layers)]
 
 
 CUT_BUDGETS["handed-on"] = handed_on
@@ -55,7 +50,7 @@ class PyramidInfer(Method):
 
     def score(self, *, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         num_voters = queries.shape[0]
-        weights = torch.linspace(1.0, 1.2, num_voters)
+        weights = torch.linspace(1.0, 1.2, num_voters, device=queries.device)
         return column_sums(queries, keys, start=keys.shape[1] - num_voters, weights=weights)
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:
@@ -74,6 +69,6 @@ class PyramidInfer(Method):
 
         def mean(delta: float) -> float:
             kept = shares(delta)
-            return (sum(kept) + kept[-1]) / num_layers
+            return (sum(kept) + [1.0, *kept][-1]) / num_layers
 
         return list(enumerate(shares(solve_rising(mean, retention_ratio))))

@@ -51,5 +51,7 @@ REQUESTS = {
     "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
     "streamingllm": ("streamingllm", SMALL | {"retention_ratio": 0.1}),
     "dbudgetkv": ("dbudgetkv", HALTING),
+    "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
+    "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

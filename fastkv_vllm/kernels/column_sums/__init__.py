@@ -47,7 +47,7 @@ def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, weight
     return column_sums_reference(queries, keys, start, weights)
 
 
-def age_weights(num_queries: int, decay: float) -> torch.Tensor:
+def age_weights(num_queries: int, decay: float, device: torch.device) -> torch.Tensor:
     """Weights decay^(n - 1 - i) of the last n queries, [n] float32.
 
     After a chunk of n queries the sums of the text so far are decay^n * (sums before it, zeros for the new keys) + its
@@ -56,5 +56,6 @@ def age_weights(num_queries: int, decay: float) -> torch.Tensor:
     Args:
         num_queries: n.
         decay: weight of a query relative to the next one, in (0, 1]; 1.0 counts all alike.
+        device: where they are needed.
     """
-    return (decay ** torch.arange(num_queries - 1, -1, -1, dtype=torch.float64)).float()
+    return (decay ** torch.arange(num_queries - 1, -1, -1, dtype=torch.float64, device=device)).float()
