@@ -1,6 +1,7 @@
 """Dependencies point one way: adapter -> methods, cache, kernels, config; only the adapter knows vLLM."""
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,18 @@ ALLOWED = {
     "config": {"cache", "kernels", "methods"},
     "adapter": {"cache", "calibrate", "config", "kernels", "methods"},
 }
+FAST_FORMS = ("triton", "cuda")  # files of an op
+FORMS = ("reference", *FAST_FORMS)
 
 
 def imports_of(source: str) -> list[tuple[str, tuple[str, ...]]]:
     """(module, names) of every import, nested ones too; names are empty for `import module`."""
+    return imports_among(ast.walk(ast.parse(source)))
+
+
+def imports_among(nodes: Iterable[ast.AST]) -> list[tuple[str, tuple[str, ...]]]:
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -97,7 +104,7 @@ def test_kernels_are_used_through_their_public_function(path: Path) -> None:
         op = ".".join(module.split(".")[:3])
         if part_of(module) == "kernels" and not within(module_of(path), op):
             assert module == op and op.count(".") == 2, f"{module} is not the public module of an op"
-            assert [n for n in names if n.startswith("_") or n in ("reference", "triton", "cuda")] == []
+            assert [n for n in names if n.startswith("_") or n in FORMS] == []
 
 
 @each_file
@@ -105,4 +112,17 @@ def test_an_op_imports_no_other_op(path: Path) -> None:
     module = module_of(path)
     if part_of(module) == "kernels":
         op = ".".join(module.split(".")[:3])
-        assert [m for m, _ in own_imports(path) if not within(m, op)] == []
+        shared = "fastkv_vllm.kernels.implementations"
+        assert [m for m, _ in own_imports(path) if not within(m, op) and m != shared] == []
+
+
+@each_file
+def test_fast_forms_are_imported_when_they_run(path: Path) -> None:
+    """An op can be imported where Triton is missing or must not be touched; the forms do not know the reference."""
+    module, op = module_of(path), ".".join(module_of(path).split(".")[:3])
+    form = module.removeprefix(op + ".") if part_of(module) == "kernels" else ""
+    at_import = [m for m, _ in imports_among(ast.parse(path.read_text()).body)]
+    if form in FAST_FORMS:
+        assert [m for m in at_import if within(m, f"{op}.reference")] == []
+    else:
+        assert [m for m in at_import if within(m, "triton") or m.split(".")[-1] in FAST_FORMS] == []

@@ -1,0 +1,35 @@
+"""A process whose Triton interprets kernels on the CPU."""
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+
+class Interpreter:
+    """Calls functions in a process of its own, started by the first call.
+
+    TRITON_INTERPRET must be set before Triton is imported, and a kernel interpreted once leaves triton.language
+    changed: neither may reach the engines and compilations of the other tests.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prepare)
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `function(*args, **kwargs)` returns; tensors travel in shared memory, so changes in place are seen."""
+        return self._pool.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _prepare() -> None:
+    assert "triton" not in sys.modules, "the variable comes first"
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # this is what fills the memory of torch.empty
