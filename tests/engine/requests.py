@@ -18,7 +18,10 @@ def filled(method, settings):
 
 
 def answer(engine, names=tuple(REQUESTS), max_tokens=24, shift=0):
-    """These requests at once, the n-th with prompt n + shift, each held against its own reference."""
+    """These requests at once, the n-th with prompt n + shift, each held against its own reference.
+
+    Returns prompt and configuration of each.
+    """
     asked = []
     for i, (method, settings) in enumerate(REQUESTS[name] for name in names):
         config = filled(method, settings)
@@ -34,12 +37,19 @@ def answer(engine, names=tuple(REQUESTS), max_tokens=24, shift=0):
     for (prompt, config, _), output in zip(asked, outputs, strict=True):
         engine.require_reference(prompt, output, max_tokens, config=config)
     engine.require_idle()
-    if engine.preemptions:
-        return  # a prompt compressed again counts again
-    plans = [plan_of(config, len(prompt)) for prompt, config, _ in asked if config is not None]
-    assert engine.totals.requests_compressed - before[0] == len(plans)
-    assert engine.totals.left_alone.get("requested", 0) - before[1].get("requested", 0) == len(asked) - len(plans)
-    kept = [
-        reference(engine.checkpoint, config, prompt, max_tokens) for prompt, config, _ in asked if config is not None
+    asked = [(prompt, config) for prompt, config, _ in asked]
+    if not engine.preemptions:  # a prompt compressed again counts again
+        require_counts(engine, before, asked, max_tokens)
+    return asked
+
+
+def require_counts(engine, before, asked, max_tokens):
+    """What the totals have grown by: the requests to compress, those not, and the blocks their references free."""
+    compressed = [(prompt, config) for prompt, config in asked if config is not None]
+    assert engine.totals.requests_compressed - before[0] == len(compressed)
+    assert engine.totals.left_alone.get("requested", 0) - before[1].get("requested", 0) == len(asked) - len(compressed)
+    freed = [
+        freed_blocks(plan_of(config, len(prompt)), reference(engine.checkpoint, config, prompt, max_tokens))
+        for prompt, config in compressed
     ]
-    assert engine.totals.blocks_freed - before[2] == sum(map(freed_blocks, plans, kept))
+    assert engine.totals.blocks_freed - before[2] == sum(freed)

@@ -53,5 +53,6 @@ REQUESTS = {
     "dbudgetkv": ("dbudgetkv", HALTING),
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
+    "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

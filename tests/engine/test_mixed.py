@@ -4,9 +4,11 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from fastkv_vllm.methods import method_names
 from tests.engine.harness import sampling
+from tests.engine.oracle import BLOCK_SIZE, plan_of, reference
 from tests.engine.requests import answer
-from tests.engine.settings import CUTS, SMALL, TSP
+from tests.engine.settings import CUTS, REQUESTS, SMALL, TSP
 
 
 @pytest.fixture
@@ -18,6 +20,22 @@ def engine(start):
 def test_all_methods_in_one_batch(engine, step_tokens):
     with engine.step_tokens(step_tokens), engine.watch():
         answer(engine, shift=step_tokens % 3)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_blocks_held_are_those_of_the_pages_that_stay(engine, monkeypatch, method):
+    """While it decodes, a request holds its pages to within a block, however its layers and heads share them."""
+    monkeypatch.setitem(REQUESTS, method, REQUESTS.get(method, (method, SMALL)))
+    idle = engine.pool.get_num_free_blocks()
+    with engine.watch():
+        ((prompt, config),) = answer(engine, (method,), max_tokens=4)
+        held = idle - engine.free_blocks[-1]
+    plan = plan_of(config, len(prompt))
+    heads = [len(head) for layer in reference(engine.checkpoint, config, prompt, 4).kept for head in layer]
+    pages = (sum(heads) / len(heads) - plan.num_tail) / BLOCK_SIZE
+    assert pages < plan.num_pages if config.halting_loss else pages == plan.num_pages
+    own = -(-(plan.num_tail + 3) // BLOCK_SIZE)  # of the tail and of three generated tokens
+    assert 0 <= held - own - pages < 1, f"{held} blocks held, {pages} pages a layer and head and {own} blocks needed"
 
 
 def test_preempted_in_prefill_and_after_it(engine):
