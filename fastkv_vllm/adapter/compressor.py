@@ -10,10 +10,10 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from fastkv_vllm.adapter.batch import PrefillRows
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
+from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
-from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.kernels.select import select, select_ragged
-from fastkv_vllm.methods import add_heads, halting_pages, kept_norms, last_attention
+from fastkv_vllm.methods import halting_pages, kept_norms, last_attention
 
 _Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
@@ -260,40 +260,29 @@ class Compressor:
 
     def _add_up(self, prefill: PrefillRows, layer: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""
-        decay = prefill.recipe.config.decay
+        decay, of_layer = prefill.recipe.config.decay, (prefill.request_id, layer)
         assert decay is not None, "filled in by CompressionConfig"
-        weights = age_weights(prefill.count, decay, query.device)
-        sums = column_sums(query[prefill.rows], keys, start=prefill.start, weights=weights)
-        if prefill.start:
-            before = self.sums[prefill.request_id, layer]
-            assert before.shape[1] == prefill.start, "every query of the prompt is computed, in order"
-            sums[:, : prefill.start] += decay**prefill.count * before
-        self.sums[prefill.request_id, layer] = sums
-        return sums
+        before = self.sums.get(of_layer) if prefill.start else None
+        self.sums[of_layer] = add_votes(before, query[prefill.rows], keys, decay)
+        return self.sums[of_layer]
 
     def _value_norms(self, prefill: PrefillRows, value: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """L1 norms of the values of all entries, [H, n] float32."""
-        values = value[prefill.rows].transpose(0, 1)
-        if prefill.start:
-            assert self.layout is not None, "use_cache came first"
-            values = self.layout.read_values(kv_cache, prefill.blocks, prefill.plan.num_tokens)
-        return values.float().abs().sum(dim=-1)
+        if not prefill.start:
+            return value_norms(value[prefill.rows].transpose(0, 1))
+        assert self.layout is not None, "use_cache came first"
+        return value_norms(self.layout.read_values(kv_cache, prefill.blocks, prefill.plan.num_tokens))
 
     def _positions(self, prefill: PrefillRows) -> torch.Tensor:
         """Positions of the entries a layer sees, [n] int64."""
         return self.selected[prefill.request_id] if prefill.late else torch.arange(prefill.plan.num_tokens)
 
     def _settle(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [H or 1, n] with forced entries at +inf; at a cut the rows that go on are chosen too.
-
-        Ranks hold some of the heads each. Where all must choose alike, scores are added over ranks too; the reduction
-        is in place and the sum over a rank's only head is that head's scores: hence the copies.
-        """
+        """Scores [H or 1, n] with forced entries at +inf; at a cut the rows that go on are chosen too, on all ranks."""
         positions = self._positions(prefill)
         forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
         method = prefill.recipe.method
-        if method.one_choice:
-            scores = tensor_model_parallel_all_reduce(add_heads(scores).clone()).unsqueeze(0)
+        scores = agree(method, scores)
         num_rows = dict(prefill.plan.cuts).get(layer)
         if num_rows is not None:
             rating = tensor_model_parallel_all_reduce(method.propagation_scores(scores).clone())
