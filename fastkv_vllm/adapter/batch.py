@@ -25,7 +25,7 @@ class PrefillRows:
         start: entries of the prompt cached before these rows; 0 where the layer sees all entries at once.
         blocks: ids of the blocks of the prompt, in order, [ceil(P / block_size)] int64.
         destination: ids of the blocks that take the kept pages; None: the prompt goes on after this step.
-        late: rows chosen at a cut, not the prompt's own sequence.
+        positions: of rows chosen at a cut, ascending, [count] int64; None: the prompt's own sequence.
     """
 
     request_id: str
@@ -36,7 +36,7 @@ class PrefillRows:
     start: int
     blocks: torch.Tensor
     destination: list[int] | None
-    late: bool = False
+    positions: torch.Tensor | None = None
 
     @property
     def rows(self) -> slice:

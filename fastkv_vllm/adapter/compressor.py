@@ -38,7 +38,8 @@ class Compressor:
         windows: (request, layer) -> window queries by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
         stash: request -> residual rows after its first cut by position, [P, hidden].
-        selected: request -> rows chosen at its latest cut in this step, ascending positions.
+        selected: request -> rows chosen at the cut after the layer that runs, ascending positions; who makes the cut
+            takes them away.
         stats: figures of the current step.
     """
 
@@ -275,7 +276,7 @@ class Compressor:
 
     def _positions(self, prefill: PrefillRows) -> torch.Tensor:
         """Positions of the entries a layer sees, [n] int64."""
-        return self.selected[prefill.request_id] if prefill.late else torch.arange(prefill.plan.num_tokens)
+        return torch.arange(prefill.plan.num_tokens) if prefill.positions is None else prefill.positions
 
     def _settle(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> torch.Tensor:
         """Scores [H or 1, n] with forced entries at +inf; at a cut the rows that go on are chosen too, on all ranks."""
@@ -307,7 +308,7 @@ class Compressor:
             return *layout.gather(kv_cache, prefill.blocks, kept), slots
         index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
         keys, values = key[prefill.rows].gather(0, index), value[prefill.rows].gather(0, index)
-        if prefill.late and plan.num_tail:
+        if prefill.positions is not None and plan.num_tail:
             # The chosen rows were cached densely; the tail's true slots are still empty in this layer.
             tail = prefill.blocks[-1] * plan.block_size + offsets[: plan.num_tail]
             keys = torch.cat([keys, key[prefill.rows][-plan.num_tail :]])

@@ -13,14 +13,14 @@ chunk that carries the window.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
-from fastkv_vllm.adapter.attention import CompressionMetadata, CompressionMetadataBuilder
+from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 
@@ -47,34 +47,15 @@ class _Segment:
         return slice(self.first, self.first + self.count)
 
     @property
-    def cuts(self) -> dict[int, int]:
-        """Layer -> rows that go on after it."""
-        return {} if self.prefill is None else dict(self.prefill.plan.cuts)
-
-    @property
     def is_late(self) -> bool:
-        return self.prefill is not None and self.prefill.late
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """The batch of the layers after one cut, up to the next.
-
-    Fields:
-        segments: requests with rows in it, in order.
-        metadata: of their attention; None: no rows.
-        slots: where their entries go, [rows].
-    """
-
-    segments: Sequence[_Segment]
-    metadata: CompressionMetadata | None = None
-    slots: torch.Tensor | None = None
+        return self.prefill is not None and self.prefill.positions is not None
 
 
 class TSPStep:
     """One step with prompts under TSP: the batches between cuts, and the layers' detour while it runs.
 
-    Prompts of a step may be cut after different layers.
+    Prompts of a step may be cut after different layers. Where rows go on is what the layer before has chosen, so a
+    batch is made when its first layer is about to run.
 
     Args:
         compressor: holds stash and selection.
@@ -94,13 +75,11 @@ class TSPStep:
     ) -> None:
         self._compressor = compressor
         self._segments = segments
+        self._view = view
+        self._builder = builder
         self._layer_names = layer_names
-        self._stage = _Stage(segments)
+        self._going = segments  # those with rows in the batch of the layer that runs
         self._positions: torch.Tensor | None = None  # of the rows after a cut; before it they are the model's
-        self._stages: dict[int, _Stage] = {}  # layer with a cut -> what follows it
-        stage = self._stage
-        for layer in sorted({layer for segment in segments for layer in segment.cuts}):
-            stage = self._stages[layer] = _stage_after(layer, stage, segments, view, builder)
 
     @contextmanager
     def detour(self, layers: Sequence[nn.Module]) -> Iterator[None]:
@@ -113,7 +92,7 @@ class TSPStep:
             layers: all decoder layers, in order.
         """
         get_forward_context().skip_compiled = True
-        first = min(self._stages)
+        first = min(s.prefill.plan.cuts[0][0] for s in self._segments if s.prefill is not None and s.prefill.plan.cuts)
         for index, layer in enumerate(layers[first:], start=first):
             layer.forward = self._replace(index, layer.forward)
         try:
@@ -130,61 +109,70 @@ class TSPStep:
             num_rows: rows of the step.
         """
         full = hidden.new_zeros(num_rows, hidden.shape[1])
-        for segment in self._stage.segments:
+        for segment in self._going:
             count = 1 if segment.is_late else segment.count
             full[self._segments[segment.request].rows][-count:] = hidden[segment.rows][-count:]
         return full
 
     def _replace(self, index: int, forward: Layer) -> Layer:
-        """A layer after the first cut, or with it: on this stage's batch, if that has rows."""
+        """A layer after the first cut, or with it: on the batch of those who go on, if there are any."""
 
         def run(positions: torch.Tensor, hidden: torch.Tensor, residual: Any, **kwargs: Any) -> Any:
+            if not self._going:
+                return hidden, residual
             positions = positions if self._positions is None else self._positions
-            if self._stage.segments:
-                hidden, residual = forward(positions, hidden, residual, **kwargs)
-            if self._stage.segments and index in self._stages:
-                return self._cut(index, positions, hidden, residual)
-            return hidden, residual
+            hidden, residual = forward(positions, hidden, residual, **kwargs)
+            if not any(self._is_cut(index, segment) for segment in self._going):
+                return hidden, residual
+            return self._cut(index, positions, hidden, residual)
 
         return run
+
+    def _is_cut(self, index: int, segment: _Segment) -> bool:
+        """Whether the rows of a request that go on after this layer are others than those it ran on."""
+        prefill = segment.prefill
+        if prefill is None or not prefill.plan.cuts:
+            return False
+        if prefill.destination is None:
+            return index == prefill.plan.cuts[0][0]
+        return prefill.request_id in self._compressor.selected
 
     def _cut(
         self, index: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stash what waits, gather what goes on, and point the layers after this one at their batch."""
+        """Stash what waits and gather what goes on."""
         parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for segment in self._stage.segments:
-            rows = segment.rows
-            if index not in segment.cuts:
+        segments: list[_Segment] = []
+        for segment in self._going:
+            rows, prefill = segment.rows, segment.prefill
+            if not self._is_cut(index, segment):
                 parts.append((hidden[rows], residual[rows], positions[rows]))
+                segments.append(segment)
                 continue
-            assert segment.prefill is not None, "it has cuts"
-            self._count(index, segment)
+            assert prefill is not None, "it is cut"
+            self._count(index, prefill)
             stream = hidden[rows] + residual[rows]
-            if segment.prefill.destination is None:
-                self._stash(segment.prefill, stream)
-            else:
-                chosen = self._compressor.selected[segment.prefill.request_id]
-                picked = self._pick(segment.prefill, stream, positions[rows], chosen)
-                parts.append((torch.zeros_like(picked), picked, chosen))
-        self._stage = self._stages[index]
+            if prefill.destination is None:
+                self._stash(prefill, stream)
+                continue
+            chosen = self._compressor.selected.pop(prefill.request_id)
+            picked = self._pick(prefill, stream, positions[rows], chosen)
+            parts.append((torch.zeros_like(picked), picked, chosen))
+            prefill = replace(prefill, count=len(chosen), start=0, positions=chosen)
+            segments.append(replace(segment, count=len(chosen), prefill=prefill))
+        self._lay_out(index, segments)
         if not parts:
             return hidden, residual
-        context = get_forward_context()
-        for later, name in self._layer_names.items():
-            if later > index:
-                context.attn_metadata[name] = self._stage.metadata
-                context.slot_mapping[name] = self._stage.slots
         late_hidden, late_residual, self._positions = (torch.cat(part) for part in zip(*parts, strict=True))
         return late_hidden, late_residual
 
-    def _count(self, index: int, segment: _Segment) -> None:
+    def _count(self, index: int, prefill: PrefillRows) -> None:
         """Rows that reach the prompt's first cut, and those that go on after its last."""
-        assert segment.prefill is not None, "it has cuts"
-        if index == min(segment.cuts):
-            self._compressor.stats.tsp_rows_in += segment.count
-        if index == max(segment.cuts) and segment.prefill.destination is not None:
-            self._compressor.stats.tsp_rows_out += segment.cuts[index]
+        cuts = prefill.plan.cuts
+        if index == cuts[0][0]:
+            self._compressor.stats.tsp_rows_in += prefill.count
+        if index == cuts[-1][0] and prefill.destination is not None:
+            self._compressor.stats.tsp_rows_out += cuts[-1][1]
 
     def _stash(self, prefill: PrefillRows, stream: torch.Tensor) -> None:
         stash = self._compressor.stash
@@ -205,6 +193,39 @@ class TSPStep:
             return now
         return torch.cat([self._compressor.stash[prefill.request_id][chosen[:earlier]], now])
 
+    def _lay_out(self, index: int, segments: Sequence[_Segment]) -> None:
+        """Put these requests' rows one after the other, and point the layers after this one at that batch.
+
+        The chosen rows of a prompt are cached densely from its first block on; its blocks hold nothing else in these
+        layers yet, and compaction moves what stays to where decode expects it.
+        """
+        counts = [segment.count for segment in segments]
+        starts = accumulate(counts, initial=0)
+        self._going = [
+            replace(s, first=first, prefill=None if s.prefill is None else replace(s.prefill, first=first))
+            for s, first in zip(segments, starts, strict=False)
+        ]
+        if not segments:
+            return
+        late = take_requests(self._view, [segment.request for segment in segments], counts)
+        slots = []
+        for i, segment in enumerate(self._going):
+            if segment.prefill is None or not segment.is_late:
+                slots.append(self._view.slot_mapping[self._segments[segment.request].rows])
+                continue
+            late.seq_lens[i] = segment.count
+            rank, block_size = torch.arange(segment.count), segment.prefill.plan.block_size
+            slots.append(segment.prefill.blocks[rank // block_size] * block_size + rank % block_size)
+        late.slot_mapping = torch.cat(slots)
+        prefills = tuple(segment.prefill for segment in self._going if segment.prefill is not None)
+        held = self._builder.batch.held if self._builder.batch is not None else {}
+        late_held = {i: held[s.request] for i, s in enumerate(self._going) if s.request in held}
+        metadata = self._builder.build_for(late, prefills, late_held)
+        context = get_forward_context()
+        for later, name in self._layer_names.items():
+            if later > index:
+                context.attn_metadata[name], context.slot_mapping[name] = metadata, late.slot_mapping
+
 
 def segments_of(query_start: Sequence[int], prefills: Sequence[PrefillRows]) -> list[_Segment]:
     """Rows of each request of a step.
@@ -217,48 +238,3 @@ def segments_of(query_start: Sequence[int], prefills: Sequence[PrefillRows]) -> 
     return [
         _Segment(i, first, end - first, by_first.get(first)) for i, (first, end) in enumerate(pairwise(query_start))
     ]
-
-
-def _stage_after(
-    layer: int, before: _Stage, step: Sequence[_Segment], view: Any, builder: CompressionMetadataBuilder
-) -> _Stage:
-    """What follows a layer with a cut.
-
-    The chosen rows of a prompt are cached densely from its first block on; its blocks hold nothing else in these
-    layers yet, and compaction moves what stays to where decode expects it.
-
-    Args:
-        layer: its index.
-        before: the batch it runs on.
-        step: all requests of the step.
-        view, builder: as for `TSPStep`.
-    """
-    segments: list[_Segment] = []
-    first = 0
-    for segment in before.segments:
-        prefill, count = segment.prefill, segment.count
-        if prefill is not None and layer in segment.cuts:
-            if prefill.destination is None:
-                continue
-            count = segment.cuts[layer]
-            prefill = replace(prefill, count=count, start=0, late=True)
-        if prefill is not None:
-            prefill = replace(prefill, first=first)
-        segments.append(_Segment(segment.request, first, count, prefill))
-        first += count
-    if not segments:
-        return _Stage(segments)
-    late = take_requests(view, [s.request for s in segments], [s.count for s in segments])
-    slots = []
-    for i, segment in enumerate(segments):
-        if segment.prefill is None or not segment.is_late:
-            slots.append(view.slot_mapping[step[segment.request].rows])
-            continue
-        late.seq_lens[i] = segment.count
-        rank, block_size = torch.arange(segment.count), segment.prefill.plan.block_size
-        slots.append(segment.prefill.blocks[rank // block_size] * block_size + rank % block_size)
-    late.slot_mapping = torch.cat(slots)
-    prefills = tuple(s.prefill for s in segments if s.prefill is not None)
-    held = builder.batch.held if builder.batch is not None else {}
-    late_held = {i: held[s.request] for i, s in enumerate(segments) if s.request in held}
-    return _Stage(segments, builder.build_for(late, prefills, late_held), late.slot_mapping)
