@@ -57,7 +57,14 @@ class Contender:
 
     @property
     def name(self) -> str:
-        return self.method if self.is_plain else f"{self.method} {self.config['retention_ratio']:g}"
+        if self.is_plain:
+            return self.method
+        return f"{self.method} {self.retention_ratio:.2g}" + (", measured" if "layer_shares" in self.config else "")
+
+    @property
+    def retention_ratio(self) -> float | None:
+        """What the settings say or what follows from them; None: a budget in tokens."""
+        return CompressionConfig.from_mapping(self.method, self.config).retention_ratio
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def require_compressed(server: Server, contender: Contender, num_compressed: Seq
     samples = server.metrics()
     expected = count_compressed(contender, num_compressed)
     compressed = sample_value(samples, "vllm:fastkv_requests_compressed_total")
-    is_idle = expected == 0 and not contender.is_plain and contender.config["retention_ratio"] < 1
+    is_idle = expected == 0 and not contender.is_plain and contender.retention_ratio != 1
     if compressed != expected or is_idle:
         left_alone = sample_value(samples, "vllm:fastkv_requests_left_alone_total")
         raise RuntimeError(
@@ -298,13 +305,16 @@ def main() -> None:
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
-    """Plain vLLM once, each method at each ratio."""
+    """Plain vLLM once, each method at each ratio, measured shares at their own."""
     made = []
     for method in args.methods.split(","):
         if method == PLAIN:
             made.append(Contender(PLAIN, {}))
             continue
         settings = {**(tiny_model_config(method) if args.model is None else {}), **args.config.get(method, {})}
+        if "layer_shares" in settings:  # the ratio follows
+            made.append(Contender(method, settings))
+            continue
         made += [Contender(method, {**settings, "retention_ratio": float(r)}) for r in args.ratios.split(",")]
     return made
 

@@ -12,6 +12,7 @@ import pytest
 from fastkv_vllm.calibrate import load
 from fastkv_vllm.calibrate.__main__ import build_parser, main
 from fastkv_vllm.calibrate.artefact import MAKERS
+from fastkv_vllm.calibrate.decays import RecallCurves
 from fastkv_vllm.calibrate.duo import GateTrainer
 from fastkv_vllm.calibrate.heads import HeadCredit
 from fastkv_vllm.calibrate.progress import PartialFile
@@ -31,6 +32,7 @@ SMALL = ["--num-prompts", "5", "--save-every", "2"]
 KINDS: dict[str, tuple[type, list[str]]] = {
     "tsp-layer": (RecallTables, ["--queries", "1"]),
     "heads": (HeadCredit, ["--criterion", "r"]),
+    "decays": (RecallCurves, ["--queries", "2"]),
     "duo": (GateTrainer, ["--steps", "5", "--num-sink", "4", "--window-size", "64"]),
 }
 KIND_OF = {maker: kind for kind, maker in MAKERS.items()}
@@ -215,7 +217,7 @@ def test_samples_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, count in (("prompts.jsonl", 24), ("needles.jsonl", 22)):
         read = PromptReader(TINY).read(Path(name), ["answer", "needle"])
         assert len(read) == count
-    assert [command[:2] for command in COMMANDS] == [["fastkv-vllm", "calibrate"]] * 3
+    assert [command[:2] for command in COMMANDS] == [["fastkv-vllm", "calibrate"]] * len(KINDS)
     assert {command[2] for command in COMMANDS} == set(KINDS)
     for command in COMMANDS:
         build_parser().parse_args(command[1:])

@@ -28,6 +28,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "tsp_layer": None,
         "tsp_ratio": 0.2,
         "tsp_tokens": None,
+        "layer_shares": None,
         "window_size": 8,
         "num_sink": 0,
         "recent_share": 0.0,
@@ -188,6 +189,7 @@ BAD = [
     *[("head_beta", value, "a number >= 1") for value in (0.99, "2", None, True, math.inf)],
     *[("streaming_tokens", value, "an integer >= 1") for value in (0, 1.5, None)],
     *[("head_weights", value, "left out: head_budgets 'uniform' does not use it") for value in ("heads.json", [[1.0]])],
+    ("layer_shares", [0.5], "left out: fastkv has no schedule that calibration could find"),
     *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
     *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],
@@ -301,6 +303,37 @@ def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
         config = dataclasses.replace(config, head_weights=((0.0, 1.0),) * 8)
     filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
+
+
+MEASURED = (1.0, 0.8, 0.8, 0.5)
+
+
+def test_measured_shares_stand_in_for_the_ratio() -> None:
+    config = CompressionConfig("pyramidinfer", layer_shares=list(MEASURED))  # type: ignore[arg-type]
+    assert config.retention_ratio == pytest.approx((1.0 + 0.8 + 0.8 + 0.5 + 0.5) / 5)
+    filled = config.for_model(num_layers=5, num_kv_heads=2, max_model_len=2048)
+    assert (filled.tsp_layers, filled.tsp_ratio) == ((0, 1, 2, 3), MEASURED)
+    assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
+    assert filled.for_model(num_layers=5, num_kv_heads=2, max_model_len=2048) == filled
+    plan = filled.plan(1600, 16)
+    assert isinstance(plan, PromptPlan) and plan.cuts == ((1, 1296), (3, 816))  # a page more than 0.8 and 0.5
+    with pytest.raises(ValueError, match=r"layer_shares must be 7, one for each of the model's 8 layers but the last"):
+        config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
+
+
+@pytest.mark.parametrize("shares", [3, [], [0.0], [1.5], ["1"], [True], [0.5, 0.6]])
+def test_measured_shares_never_rise(shares: object) -> None:
+    with pytest.raises(ValueError, match=r"layer_shares must be the path of .* never rising; got"):
+        CompressionConfig.from_mapping("pyramidinfer", {"layer_shares": shares})
+
+
+@pytest.mark.parametrize("shares", ["decays.json", [0.5, 0.5]])
+def test_measured_shares_exclude_a_ratio_and_other_methods(shares: object) -> None:
+    with pytest.raises(ValueError, match="retention_ratio must be left out: it follows from layer_shares"):
+        CompressionConfig.from_mapping("pyramidinfer", {"layer_shares": shares, "retention_ratio": 0.9})
+    for method in ("snapkv", "lazyllm"):
+        with pytest.raises(ValueError, match=f"layer_shares must be left out: {method} has no schedule"):
+            CompressionConfig.from_mapping(method, {"layer_shares": shares})
 
 
 @pytest.mark.parametrize("num_layers", [8, 16, 33])

@@ -22,6 +22,7 @@ _INSTEAD = {
     "tsp_ratio": "tsp_tokens",
     "tsp_tokens": "tsp_ratio",
 }
+_FILES = ("head_weights", "layer_shares")  # settings that may be files
 _REMEMBERED = 128
 
 
@@ -75,8 +76,10 @@ class Choice:
             if settings:
                 raise ValueError(f"{SETTINGS} must be left out where {METHOD} is {NONE!r}; got {text!r}")
             return None
-        if isinstance(settings.get("head_weights"), str) or "max_tsp_tokens" in settings:
-            raise ValueError("files (head_weights) and memory (max_tsp_tokens) are the server's matter; leave them out")
+        if any(isinstance(settings.get(name), str) for name in _FILES) or "max_tsp_tokens" in settings:
+            raise ValueError(
+                f"files ({', '.join(_FILES)}) and memory (max_tsp_tokens) are the server's matter; leave them out"
+            )
         config = self._for_model(CompressionConfig.from_mapping(method, {**self._given(method, settings), **settings}))
         if config.uses_tsp and not self.default.uses_tsp:
             raise ValueError(
@@ -96,6 +99,8 @@ class Choice:
             left_out = {"method", "head_weights", *replaced}
             if method_class(method).layer_budgets in CUT_BUDGETS:
                 left_out |= {"tsp_layer", "tsp_ratio"}  # they follow from the ratio, which may be another
+                if "retention_ratio" in settings or "layer_shares" in settings:
+                    left_out |= {"retention_ratio", "layer_shares"}  # one follows from the other
             return {name: value for name, value in default.to_mapping().items() if name not in left_out}
         return {"min_tokens": default.min_tokens}
 

@@ -15,7 +15,7 @@ from fastkv_vllm.adapter.patches.engine_args_init import configured
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.methods import MODEL_BUDGETS
+from fastkv_vllm.methods import MODEL_BUDGETS, method_class
 
 logger = logging.getLogger("vllm.fastkv")
 
@@ -59,17 +59,22 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     return config
 
 
-def read_head_weights(config: CompressionConfig, model: str) -> CompressionConfig:
-    """The configuration with the numbers in the place of the file that holds them.
+def read_artefacts(config: CompressionConfig, model: str) -> CompressionConfig:
+    """The configuration with numbers in the place of the files that hold them.
 
     Raises:
-        CalibrationError: the file is missing, of another kind, or another model's.
+        CalibrationError: a file is missing, of another kind, or another model's.
     """
-    if not isinstance(config.head_weights, str) or config.head_budgets is None:
-        return config
-    budget = MODEL_BUDGETS[config.head_budgets]
-    artefact = load(config.head_weights, budget.artefact, model)
-    return dataclasses.replace(config, head_weights=artefact.data[budget.key])
+    numbers: dict[str, Any] = {}
+    if isinstance(config.head_weights, str):
+        assert config.head_budgets is not None, "filled in by CompressionConfig"
+        budget = MODEL_BUDGETS[config.head_budgets]
+        numbers["head_weights"] = load(config.head_weights, budget.artefact, model).data[budget.key]
+    if isinstance(config.layer_shares, str):
+        kind = method_class(config.method).schedule_artefact
+        assert kind is not None, "checked by CompressionConfig"
+        numbers["layer_shares"] = load(config.layer_shares, kind, model).data["shares"]
+    return dataclasses.replace(config, **numbers)
 
 
 def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None:
@@ -80,7 +85,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     """
     require_no_conflicts(vllm_config, config)
     model = vllm_config.model_config
-    config = read_head_weights(config, model.model).for_model(
+    config = read_artefacts(config, model.model).for_model(
         num_layers=model.get_total_num_hidden_layers(),
         num_kv_heads=model.get_total_num_kv_heads(),
         max_model_len=model.max_model_len,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from fastkv_vllm.calibrate.commands import calibrate_duo, calibrate_heads, calibrate_tsp_layer
+from fastkv_vllm.calibrate.commands import calibrate_decays, calibrate_duo, calibrate_heads, calibrate_tsp_layer
+from fastkv_vllm.calibrate.decays import Votes
 from fastkv_vllm.calibrate.duo import DuoSettings
 from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.heads import CRITERIA
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("tsp-layer", "layer after which FastKV lets a part of the rows go on", calibrate_tsp_layer, _add_tsp_layer),
         ("heads", "importance of attention heads for retrieval (HeadKV)", calibrate_heads, _add_heads),
         ("duo", "which KV heads need the whole context (DuoAttention)", calibrate_duo, _add_duo),
+        ("decays", "share of the rows that each layer hands on (PyramidInfer)", calibrate_decays, _add_decays),
     ):
         kind = kinds.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         kind.set_defaults(run=run, parser=kind)
@@ -94,6 +96,15 @@ def _add_duo(parser: argparse.ArgumentParser) -> None:
     add("--penalty", type=_positive, default=default.penalty, help="weight of the mean gate in the loss")
     add("--learning-rate", type=_positive, default=default.learning_rate, help="of AdamW at its highest")
     add("--seed", type=int, default=default.seed, help="of the prompts' order")
+
+
+def _add_decays(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, Votes()
+    add("--min-recall", type=_share, default=0.9, help="attention mass of each later layer to be covered")
+    add("--percentile", type=_percentile, default=0.0, help="share of prompts, in percent, that may fall short of it")
+    add("--queries", type=_int_from(1), default=default.queries, help="last tokens whose attention counts")
+    add("--recent-ratio", type=_share, default=default.recent_ratio, help="share of the prompt, its end, that votes")
+    add("--num-sink", type=_int_from(0), default=default.num_sink, help="first tokens that always go on")
 
 
 def _int_from(low: int) -> Callable[[str], int]:

@@ -12,7 +12,8 @@ from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.fingerprint import model_directory, model_fingerprint
 
 SCHEMA = 1
-MAKERS = {"tsp-layer": "tsp-layer", "head-importance": "heads", "retrieval-heads": "duo"}  # kind -> subcommand
+# Kind -> subcommand.
+MAKERS = {"tsp-layer": "tsp-layer", "head-importance": "heads", "retrieval-heads": "duo", "layer-decays": "decays"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastkv_vllm.calibrate.artefact import make, save
+from fastkv_vllm.calibrate.decays import RecallCurves, Votes, choose_shares, mean_share
 from fastkv_vllm.calibrate.duo import DuoSettings, GateTrainer
 from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.fingerprint import model_directory, model_fingerprint
@@ -132,6 +133,21 @@ def calibrate_duo(args: Namespace, command: str) -> str:
     run.finish("retrieval-heads", settings, data)
     head = f"mean gate {gates.mean():.3f}, distance {work.last_distance:.2e}; KV heads with the largest gates:"
     return "\n".join([head, *_largest(gates)])
+
+
+def calibrate_decays(args: Namespace, command: str) -> str:
+    """Choose the rows PyramidInfer hands on; the result in words."""
+    run = Run(args, command)
+    prompts = run.prompts(args.prompts)
+    votes = Votes(**{field.name: getattr(args, field.name) for field in fields(Votes)})
+    settings = {**votes.settings(), "prompts": digest(prompts)}
+    work = RecallCurves(run.model, prompts, votes)
+    run.measure("decays", work, len(prompts), settings)
+    shares = choose_shares(work.curves, args.min_recall, args.percentile)
+    data = {"shares": shares, "recall": work.curves.amin(dim=0).tolist(), "num_prompts": len(prompts)}
+    run.finish("layer-decays", settings | {"min_recall": args.min_recall, "percentile": args.percentile}, data)
+    lines = [f"  after layer {layer}: {share:.3f}" for layer, share in enumerate(shares)]
+    return "\n".join([f"shares of a prompt's rows that go on, {mean_share(shares):.3f} kept in the mean:", *lines])
 
 
 def _sweep(run: Run, tasks: list[Prompt], propagation: Propagation, layer: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def complete(config: "CompressionConfig") -> None:
     cls = method_class(config.method)
     _check_numbers(config)
     _complete_votes(config, cls)
+    _complete_shares(config, cls)
     _complete_budgets(config, cls)
     _complete_cuts(config, cls)
 
@@ -51,6 +52,29 @@ def _complete_votes(config: "CompressionConfig", cls: type[Method]) -> None:
         check(config.decay is None, "decay", f"left out: in {config.method} not all queries vote", config)
 
 
+def _complete_shares(config: "CompressionConfig", cls: type[Method]) -> None:
+    """Measured shares of rows stand in for the retention ratio, which is their mean over layers."""
+    shares = config.layer_shares
+    if shares is None:
+        return
+    rule = f"left out: {config.method} has no schedule that calibration could find"
+    check(cls.schedule_artefact is not None, "layer_shares", rule, config)
+    if isinstance(shares, str):
+        check(config.retention_ratio is None, "retention_ratio", "left out: it follows from layer_shares", config)
+        return  # numbers take its place before the model is served
+    holds = is_list(shares) and len(shares) > 0 and all(map(is_share, shares))
+    rule = (
+        "the path of a file of `fastkv-vllm calibrate decays`, or a share in (0, 1] for each layer but the last, never "
+        "rising"
+    )
+    check(holds and all(a >= b for a, b in pairwise(shares)), "layer_shares", rule, config)
+    mean = (sum(shares) + shares[-1]) / (len(shares) + 1)
+    fill_in(config, "retention_ratio", mean)
+    rule = f"left out: it follows from layer_shares, {mean:g}"
+    check(config.retention_ratio == mean, "retention_ratio", rule, config)
+    object.__setattr__(config, "layer_shares", tuple(map(float, shares)))
+
+
 def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS | MODEL_BUDGETS)):
         fill_in(config, name, getattr(cls, name))
@@ -65,7 +89,7 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check_head_weights(config)
     check(is_number(config.head_beta) and 1 <= config.head_beta < math.inf, "head_beta", "a number >= 1", config)
     check(is_number(config.head_floor) and 0 <= config.head_floor <= 1, "head_floor", "in [0, 1]", config)
-    if config.budget is None:
+    if config.budget is None and config.layer_shares is None:
         fill_in(config, "retention_ratio", cls.default_retention_ratio)
 
 

@@ -1,7 +1,7 @@
 """The configuration tree: built once from one mapping, checked, frozen."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ class CompressionConfig:
         tsp_ratio: share of a prompt's rows that go on after it, (0, 1]; 1.0 = no TSP; None: 0.2 where the method
             propagates, retention_ratio if that is more. One for each layer where tsp_layer has several.
         tsp_tokens: rows that go on, instead of tsp_ratio.
+        layer_shares: instead of retention_ratio, where the method takes a measured schedule: share of a prompt's rows
+            that goes on after each layer but the last, never rising. Path of the file that `fastkv-vllm calibrate
+            decays` wrote, or the numbers; retention_ratio is then the mean of what layers keep.
         window_size: last prompt tokens whose queries vote and that always stay.
         num_sink: first tokens that always stay; None: the method's own default.
         recent_share: share of the kept entries that are the prompt's last tokens, [0, 1); None: the method's own.
@@ -53,6 +56,7 @@ class CompressionConfig:
     tsp_layer: int | tuple[int, ...] | None = None
     tsp_ratio: float | tuple[float, ...] | None = None
     tsp_tokens: int | tuple[int, ...] | None = None
+    layer_shares: str | tuple[float, ...] | None = None
     window_size: int = 8
     num_sink: int | None = None
     recent_share: float | None = None
@@ -102,8 +106,8 @@ class CompressionConfig:
             max_model_len: longest sequence the engine accepts, tokens.
 
         Raises:
-            ValueError: weights of heads are those of another model, a TSP layer is not followed by another layer, or
-                the stash is smaller than a prompt.
+            ValueError: weights of heads or shares of layers are those of another model, a TSP layer is not followed by
+                another layer, or the stash is smaller than a prompt.
         """
         weights = self.head_weights
         if weights is None and self.head_budgets in MODEL_BUDGETS:
@@ -144,11 +148,7 @@ class CompressionConfig:
         assert self.retention_ratio is not None and self.recent_share is not None, "filled in by __post_init__"
         own: dict[str, Any] = {"tsp_layer": None, "tsp_ratio": None}
         if self.retention_ratio < 1:
-            try:
-                schedule = cls.schedule(num_layers, self.retention_ratio, self.recent_share)
-            except ValueError as error:
-                raise ValueError(f"kv_compression_config: retention_ratio of {self.method}: {error}") from error
-            own["tsp_layer"], own["tsp_ratio"] = zip(*schedule, strict=True)
+            own["tsp_layer"], own["tsp_ratio"] = zip(*self._schedule(num_layers), strict=True)
         for name, value in own.items():
             if getattr(self, name) not in (None, value):
                 raise ValueError(
@@ -156,6 +156,23 @@ class CompressionConfig:
                     f"retention_ratio; got {as_json(getattr(self, name))}"
                 )
         return dataclasses.replace(self, **own)
+
+    def _schedule(self, num_layers: int) -> Sequence[tuple[int, float]]:
+        """Layers with a cut and the shares that go on: as measured, or as the method's own follow from the ratio."""
+        assert self.retention_ratio is not None and self.recent_share is not None, "filled in by __post_init__"
+        shares = self.layer_shares
+        if shares is None:
+            try:
+                return method_class(self.method).schedule(num_layers, self.retention_ratio, self.recent_share)
+            except ValueError as error:
+                raise ValueError(f"kv_compression_config: retention_ratio of {self.method}: {error}") from error
+        if len(shares) != num_layers - 1:
+            raise ValueError(
+                f"kv_compression_config: layer_shares must be {num_layers - 1}, one for each of the model's "
+                f"{num_layers} layers but the last; got {len(shares)}"
+            )
+        assert not isinstance(shares, str), "the file was read before"
+        return list(enumerate(shares))
 
     @property
     def uses_tsp(self) -> bool:

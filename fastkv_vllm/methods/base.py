@@ -28,6 +28,7 @@ class Method(ABC):
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
             default_halting_loss: the fields of CompressionConfig without `default_`, when the configuration does not
             say.
+        schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
     Fields:
@@ -47,6 +48,7 @@ class Method(ABC):
     default_value_norms: ClassVar[bool] = False
     default_decay: ClassVar[float | None] = None
     default_halting_loss: ClassVar[float | None] = None
+    schedule_artefact: ClassVar[str | None] = None
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

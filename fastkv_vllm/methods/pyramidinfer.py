@@ -34,8 +34,9 @@ class PyramidInfer(Method):
 
     Source: arXiv 2405.12532, section 3, and the authors' code (the last 20 % of the tokens vote with weights from 1 to
     1.2 and stay). Differences: delta follows from `retention_ratio`, the mean over layers, so that methods compare at
-    equal memory (the paper sets delta); the recent tokens are a third of what stays, which is the paper's 20 % of the
-    prompt at the default; kept counts are whole pages, and what is generated stays (the paper thins it out).
+    equal memory (the paper sets delta), or the shares are what calibration found (`layer_shares`); the recent tokens
+    are a third of what stays, which is the paper's 20 % of the prompt at the default; kept counts are whole pages, and
+    what is generated stays (the paper thins it out).
     """
 
     source: ClassVar[str] = "arXiv 2405.12532, section 3"
@@ -46,6 +47,7 @@ class PyramidInfer(Method):
     default_retention_ratio: ClassVar[float] = 0.6
     default_num_sink: ClassVar[int] = 4
     default_recent_share: ClassVar[float] = 1 / 3
+    schedule_artefact: ClassVar[str | None] = "layer-decays"
     layer_budgets: ClassVar[str] = "handed-on"
 
     def score(self, *, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

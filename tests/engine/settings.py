@@ -32,6 +32,7 @@ RAGGED = {
     "fastkv-importance": ("fastkv", TSP | {"head_budgets": "importance", "head_weights": WEIGHTS, "head_beta": 1.01}),
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
+    "pyramidinfer-measured": ("pyramidinfer", {"min_tokens": 128, "layer_shares": [1.0, 0.8, 0.8, 0.8, 0.5, 0.4, 0.4]}),
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
     "dbudgetkv": ("dbudgetkv", HALTING),
     "snapkv-halting": ("snapkv", HALTING | {"halting_loss": 0.1, "layer_budgets": "pyramid"}),

@@ -190,6 +190,16 @@ def test_weights_of_heads_come_from_this_models_file(checkpoint, checkpoints, tm
         configure(checkpoint, kv_compression="headkv", kv_compression_config={"head_weights": [[1.0, 0.0]]})
 
 
+def test_shares_of_layers_come_from_this_models_file(checkpoint, tmp_path):
+    shares, file = [0.9, 0.8, 0.8, 0.7, 0.6, 0.6, 0.5], tmp_path / "decays.json"
+    save(make("layer-decays", checkpoint, command="-", settings={}, data={"shares": shares}), file)
+    settings = {"layer_shares": str(file)}
+    config = compression_config(configure(checkpoint, kv_compression="pyramidinfer", kv_compression_config=settings))
+    assert config.layer_shares == config.tsp_ratio == tuple(shares)
+    with pytest.raises(ValueError, match=r"must be 7, one for each of the model's 8 layers but the last; got 2"):
+        configure(checkpoint, kv_compression="pyramidinfer", kv_compression_config={"layer_shares": [0.9, 0.8]})
+
+
 def test_settings_without_a_method_are_refused(checkpoint):
     with pytest.raises(ValueError, match="--kv-compression-config is given without --kv-compression"):
         configure(checkpoint, kv_compression=None, kv_compression_config={"retention_ratio": 0.1})
