@@ -6,6 +6,7 @@ CHECKPOINT ?= benchmarks/tiny_model/checkpoint
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+CUDA_ARCHITECTURES ?= 80;90
 
 # The checkpoint is in the repository: nothing is ever fetched from a hub.
 export HF_HUB_OFFLINE := 1
@@ -13,7 +14,7 @@ export VLLM_NO_USAGE_STATS := 1
 # GiB for the KV cache on CPU; vLLM's own default takes a large share of the host's memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test soak lint format bench bench-quick bench-speed train-tiny docs clean
+.PHONY: help setup demo serve test soak lint format csrc bench bench-quick bench-speed train-tiny docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +44,11 @@ format: setup ## Rewrite files in the house style
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+csrc: ## Build the CUDA library (needs nvcc and CMake); CUDA_ARCHITECTURES=90 for one GPU
+	cmake -S csrc -B build/csrc -DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" -DCMAKE_INSTALL_PREFIX=$(CURDIR)/fastkv_vllm/kernels
+	cmake --build build/csrc
+	cmake --install build/csrc
+
 bench: setup ## Measure what the plugin costs and saves in prefill (about ten minutes)
 	$(PY) -m benchmarks.speed --scenario prefill
 
@@ -61,5 +67,5 @@ docs: setup ## Make docs/results.md from the reports and build the documentation
 	.venv/bin/mkdocs build --strict
 
 clean: ## Remove caches and build results; .venv stays
-	rm -rf {.,packaging/*}/{build,*.egg-info} dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf {.,packaging/*}/{build,*.egg-info} fastkv_vllm/kernels/*.so dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

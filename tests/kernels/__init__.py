@@ -13,4 +13,8 @@ An op with a kernel is `fastkv_vllm/kernels/<op>/triton.py` and `tests/kernels/t
 - `CALLS` in the test module: name -> function without arguments that calls the public function with impl="triton" as
   the engine will. `test_compile.py` compiles every kernel these launch for compute capability 8.0 and 9.0, without a
   GPU: nothing is computed, so sizes may be those of a real model. Every kernel of the op must be launched by one.
+
+CUDA kernels are csrc/*.cu, bound by `fastkv_vllm/kernels/<op>/cuda.py`; their tests take `run_each` instead of `run`.
+Without a GPU g++ builds the same files against `cuda_on_cpu/cuda_runtime.h`, and impl="cuda" runs that; `test_csrc.py`
+looks at what nvcc makes of them, where it is installed.
 """

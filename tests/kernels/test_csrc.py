@@ -1,0 +1,56 @@
+"""csrc/: what nvcc makes of it, and how its library is loaded."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkv_vllm.kernels import csrc
+from fastkv_vllm.kernels.select import select
+from tests.kernels.compiler import SHARED_BYTES
+from tests.kernels.csrc_builds import NVCC, SOURCES, compile_for_gpu, on_cpu, runs_on_cpu
+
+# Part of a kernel's name -> instructions it must have: 16-byte loads, counters in shared memory that a warp's equal
+# increments reach as one.
+EXPECTED = {
+    "histogram_kernel": {"LDG.E.128", "ATOMS.POPC.INC.32"},
+    "count_kernel": {"LDG.E.128"},
+    "scatter_kernel": {"LDG.E.128", "STG.E.64"},
+}
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: csrc/ is not compiled for GPUs here")
+@pytest.mark.parametrize("capability", sorted(SHARED_BYTES))
+def test_kernels_compile_without_spilling(capability: int, tmp_path: Path) -> None:
+    seen = set()
+    for source in SOURCES:
+        usages, instructions = compile_for_gpu(source, capability, tmp_path)
+        for usage in usages:
+            assert usage.stack_bytes == 0, f"{usage} spills"
+            found = set(instructions[usage.kernel])
+            assert not {name for name in found if name.startswith(("LDL", "STL"))}, f"{usage} has local memory"
+            part = next(part for part in EXPECTED if part in usage.kernel)
+            assert EXPECTED[part] <= found, f"{usage.kernel}: {sorted(found)}"
+            seen.add(part)
+    assert seen == set(EXPECTED)
+
+
+def test_missing_library_is_one_clear_error(tmp_path: Path) -> None:
+    with (
+        runs_on_cpu(tmp_path / "libfastkv_kernels.so"),
+        pytest.raises(RuntimeError, match=r"libfastkv_kernels\.so, which is not built: run `make csrc`"),
+    ):
+        select(torch.zeros(1, 9), 2, impl="cuda")
+
+
+def test_failed_launch_raises(csrc_on_cpu: Path) -> None:
+    ctypes.CDLL(str(csrc_on_cpu)).cuda_on_cpu_fail()
+    with pytest.raises(RuntimeError, match=r"fastkv_select failed on cpu: invalid configuration .*\(CUDA error 9\)"):
+        on_cpu(csrc_on_cpu, select, torch.zeros(1, 9), 2)
+    assert on_cpu(csrc_on_cpu, select, torch.zeros(1, 9), 2).tolist() == [[0, 1]], "the error does not stay"
+
+
+def test_product_is_named_as_the_build_names_it() -> None:
+    text = (Path(__file__).parents[2] / "csrc/CMakeLists.txt").read_text()
+    assert f"add_library({csrc.LIBRARY.stem.removeprefix('lib')} SHARED" in text
