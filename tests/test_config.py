@@ -45,6 +45,8 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "pyramid_beta": 20,
         "head_floor": 0.2,
         "min_tokens": 512,
+        "allow_request_override": True,
+        "min_retention_ratio": 0.0,
         "max_tsp_tokens": None,
     }
 
@@ -195,6 +197,8 @@ BAD = [
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],
     *[("value_norms", value, "true or false") for value in (0, 1, "true")],
     *[("decay", value, "left out: in fastkv not all queries vote") for value in (1.0, "1")],
+    *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
+    *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("halting_loss", value, r"in \(0, 1\)") for value in (0, 1, -0.1, "0.1", True)],
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
 ]

@@ -15,6 +15,10 @@ from fastkv_vllm.methods import CUT_BUDGETS, method_class
 
 METHOD, SETTINGS = "kv_compression", "kv_compression_config"
 NONE = "none"
+# Settings a request may give beside METHOD, one by one, and those that are true or false: vLLM passes numbers only.
+FLAT = {field.name: "bool" in str(field.type) for field in dataclasses.fields(CompressionConfig)}
+del FLAT["method"]
+_SERVERS = ("max_tsp_tokens", "allow_request_override", "min_retention_ratio")
 # A setting of the request -> the one of the server's that it stands in for.
 _INSTEAD = {
     "retention_ratio": "budget",
@@ -27,9 +31,10 @@ _REMEMBERED = 128
 
 
 class Choice:
-    """Configurations of requests, by `kv_compression` and `kv_compression_config` in `vllm_xargs`.
+    """Configurations of requests, by `kv_compression`, settings and `kv_compression_config` in `vllm_xargs`.
 
-    Settings change the server's own where the method is the server's, and the method's defaults where it is another.
+    A setting stands there under its own name, or in the JSON object of `kv_compression_config`. Settings change the
+    server's own where the method is the server's, and the method's defaults where it is another.
     Front end and scheduler read a request alike; the front end refuses what cannot be had.
 
     Args:
@@ -52,34 +57,46 @@ class Choice:
             VLLMValidationError: no such method, a wrong setting, or one that this server cannot serve.
         """
         extra = getattr(params, "extra_args", None) or {}
-        if METHOD not in extra and SETTINGS not in extra:
+        given = [name for name in (METHOD, SETTINGS, *FLAT) if name in extra]
+        if not given:
             return self.default
+        if not self.default.allow_request_override:
+            raise VLLMValidationError(
+                f"this server compresses all requests alike (allow_request_override is false); leave out "
+                f"{', '.join(given)}"
+            )
         method, settings = extra.get(METHOD, self.default.method), extra.get(SETTINGS, "{}")
         if isinstance(settings, Mapping):
             settings = json.dumps(settings)
         for name, value in ((METHOD, method), (SETTINGS, settings)):
             if not isinstance(value, str):
                 raise VLLMValidationError(f"{name} of a request must be a string; got {value!r}")
+        flat = {name: _as_flag(extra[name]) if FLAT[name] else extra[name] for name in FLAT if name in extra}
         try:
-            return self._make(method, settings)
+            return self._make(method, settings, json.dumps(flat))
         except ValueError as error:
             raise VLLMValidationError(f"this request cannot be compressed as it asks: {error}") from error
 
-    def _make_uncached(self, method: str, text: str) -> CompressionConfig | None:
+    def _make_uncached(self, method: str, text: str, flat: str) -> CompressionConfig | None:
         try:
             settings = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{SETTINGS} must be a JSON object; got {text!r}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{SETTINGS} must be a JSON object; got {text!r}")
+        alone: dict[str, Any] = json.loads(flat)
+        twice = sorted(settings.keys() & alone)
+        if twice:
+            raise ValueError(f"{', '.join(twice)} must be given once, by name or in {SETTINGS}")
+        settings |= alone
         if method == NONE:
             if settings:
-                raise ValueError(f"{SETTINGS} must be left out where {METHOD} is {NONE!r}; got {text!r}")
+                raise ValueError(f"settings must be left out where {METHOD} is {NONE!r}; got {', '.join(settings)}")
             return None
-        if any(isinstance(settings.get(name), str) for name in _FILES) or "max_tsp_tokens" in settings:
-            raise ValueError(
-                f"files ({', '.join(_FILES)}) and memory (max_tsp_tokens) are the server's matter; leave them out"
-            )
+        files = [name for name in _FILES if isinstance(settings.get(name), str)]
+        servers = [*files, *(name for name in _SERVERS if name in settings)]
+        if servers:
+            raise ValueError(f"files, memory and limits are the server's matter; leave out {', '.join(servers)}")
         config = self._for_model(CompressionConfig.from_mapping(method, {**self._given(method, settings), **settings}))
         if config.uses_tsp and not self.default.uses_tsp:
             raise ValueError(
@@ -102,7 +119,8 @@ class Choice:
                 if "retention_ratio" in settings or "layer_shares" in settings:
                     left_out |= {"retention_ratio", "layer_shares"}  # one follows from the other
             return {name: value for name, value in default.to_mapping().items() if name not in left_out}
-        return {"min_tokens": default.min_tokens}
+        kept = ("min_tokens", "min_retention_ratio")
+        return {name: getattr(default, name) for name in kept}
 
     def _for_model(self, config: CompressionConfig) -> CompressionConfig:
         model = self._vllm_config.model_config
@@ -113,3 +131,8 @@ class Choice:
             num_kv_heads=model.get_total_num_kv_heads(),
             max_model_len=model.max_model_len,
         )
+
+
+def _as_flag(value: Any) -> Any:
+    """True and false as they come through an API that has numbers only; anything else is left to the rules."""
+    return {0: False, 1: True}.get(value, value) if isinstance(value, int) else value

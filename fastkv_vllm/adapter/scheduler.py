@@ -12,7 +12,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from fastkv_vllm.adapter.choice import Choice
+from fastkv_vllm.adapter.choice import NONE, Choice
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
 from fastkv_vllm.adapter.request import context_tokens
@@ -23,13 +23,15 @@ from fastkv_vllm.config import CompressionConfig
 
 logger = logging.getLogger("vllm.fastkv")
 
+REPORT = "fastkv"  # key of an answer's kv_transfer_params
 _INTEGRITY_PERIOD_S = 60.0  # the full check walks the whole pool
 
 
 class _CompressionMixin(Scheduler):
     """Ends chunks at the prompt's end, frees the surplus of finished prompts in the same step, sends the orders.
 
-    `totals` counts since start-up; tests and the idle check read it.
+    `totals` counts since start-up; tests and the idle check read it. What was done for a request goes out with its last
+    output, in the field that vLLM's answers have for KV transfer, which compression excludes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,6 +47,7 @@ class _CompressionMixin(Scheduler):
         self.manager: CompressingManager = managers[0]
         self.totals = CompressionStats()
         self._unreported = CompressionStats()
+        self._reports: dict[str, dict[str, str | int]] = {}  # request -> what was done for it
         self._next_integrity_check = 0.0
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -113,6 +116,11 @@ class _CompressionMixin(Scheduler):
             self._unreported.worker.stash_bytes = self.totals.worker.stash_bytes
         return stats
 
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, Any]:
+        _, *more = super()._free_request(request, *args, **kwargs)
+        report = self._reports.pop(request.request_id, None)
+        return (None if report is None else {REPORT: report}, *more)
+
     def _check_idle(self) -> None:
         """Without requests: all blocks free at once, and every block accounted for now and then."""
         self.manager.check_idle()
@@ -139,6 +147,8 @@ class _CompressionMixin(Scheduler):
         for rid, destination in plan.destinations.items():
             num_blocks = self.manager.settle(rid, destination, surplus.get(rid, 0))
             prompt = plan.prefills[rid]
+            if rid in self._reports:  # else it has ended meanwhile
+                self._reports[rid]["prompt_tokens_kept"] = prompt.num_kept - num_blocks * prompt.block_size
             for stats in (self.totals, self._unreported):
                 stats.prompt_tokens_kept += prompt.num_kept - num_blocks * prompt.block_size
                 stats.blocks_freed += num_blocks
@@ -146,6 +156,11 @@ class _CompressionMixin(Scheduler):
                 logger.debug("request %s: %d more blocks freed by the halting rule", rid, num_blocks)
 
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
+        self._reports[request_id] = {
+            "method": self._config(self.requests[request_id]).method,
+            "prompt_tokens_seen": plan.num_tokens,
+            "prompt_tokens_kept": plan.num_kept,
+        }
         for stats in (self.totals, self._unreported):
             stats.requests_compressed += 1
             stats.prompt_tokens_seen += plan.num_tokens
@@ -165,6 +180,7 @@ class _CompressionMixin(Scheduler):
         if before < prompt <= before + num_scheduled:
             reason = self._plan(request)
             assert isinstance(reason, LeftAlone), f"{request.request_id} ends its prompt without its plan {reason}"
+            self._reports[request.request_id] = {"method": NONE, "left_alone": reason.value}
             for stats in (self.totals, self._unreported):
                 stats.left_alone[reason.value] = stats.left_alone.get(reason.value, 0) + 1
 

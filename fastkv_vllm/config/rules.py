@@ -25,6 +25,7 @@ def complete(config: "CompressionConfig") -> None:
     _complete_shares(config, cls)
     _complete_budgets(config, cls)
     _complete_cuts(config, cls)
+    _check_requests(config)
 
 
 def _check_numbers(config: "CompressionConfig") -> None:
@@ -113,6 +114,18 @@ def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
         rule = f"at least budget = {config.budget}: late layers cannot keep more than they see"
         check(each(config.tsp_tokens)[-1] >= config.budget, "tsp_tokens", rule, config)
     _freeze_cuts(config)
+
+
+def _check_requests(config: "CompressionConfig") -> None:
+    """What requests may ask for; the server's own settings keep to it."""
+    check(isinstance(config.allow_request_override, bool), "allow_request_override", "true or false", config)
+    least = config.min_retention_ratio
+    check(is_number(least) and 0 <= least <= 1, "min_retention_ratio", "in [0, 1]", config)
+    if least > 0:
+        check(config.budget is None, "budget", f"left out: min_retention_ratio = {least:g} is of a ratio", config)
+        if config.retention_ratio is not None:
+            rule = f"at least min_retention_ratio = {least:g}"
+            check(config.retention_ratio >= least, "retention_ratio", rule, config)
 
 
 def _freeze_cuts(config: "CompressionConfig") -> None:

@@ -46,6 +46,8 @@ class CompressionConfig:
         halting_loss: share of the norm of the last query's attention that a layer may lose, (0, 1): it keeps no more
             pages than that takes, and the budget is a ceiling; None: the method's own, which may be no such rule.
         min_tokens: prompts below this are left alone.
+        allow_request_override: whether a request may choose its method and settings, or none.
+        min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
         max_tsp_tokens: most prompt tokens whose residual rows wait for their last chunk, over all requests; prompts
             wait for their turn beyond it; None: the model's maximum length.
     """
@@ -73,6 +75,8 @@ class CompressionConfig:
     head_floor: float = 0.2
     halting_loss: float | None = None
     min_tokens: int = 512
+    allow_request_override: bool = True
+    min_retention_ratio: float = 0.0
     max_tsp_tokens: int | None = None
 
     def __post_init__(self) -> None:

@@ -208,6 +208,7 @@ class Engine:
             if (value := getattr(self.manager, name))
         }
         assert not left, f"left in the manager: {left}"
+        assert not self.scheduler._reports, "reports of requests that are gone"
         if self.core.vllm_config.parallel_config.world_size == 1:
             held = {name: list(getattr(self.compressor, name)) for name in ("windows", "sums", "stash", "selected")}
             assert not any(held.values()), f"left in the worker: {held}"

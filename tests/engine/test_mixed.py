@@ -6,8 +6,8 @@ from vllm.exceptions import VLLMValidationError
 
 from fastkv_vllm.methods import method_names
 from tests.engine.harness import sampling
-from tests.engine.oracle import BLOCK_SIZE, plan_of, reference
-from tests.engine.requests import answer
+from tests.engine.oracle import BLOCK_SIZE, make_prompts, plan_of, reference
+from tests.engine.requests import answer, filled
 from tests.engine.settings import CUTS, REQUESTS, SMALL, TSP
 
 
@@ -72,6 +72,66 @@ def test_settings_change_the_servers_own(engine):
     assert chosen(kv_compression="snapkv", kv_compression_config="{}") is other, "made once"
 
 
+def test_settings_by_name_are_those_of_the_object(engine):
+    """One by one, as vLLM passes them: numbers and strings, 1 for true."""
+    choice = engine.scheduler._choice
+
+    def chosen(**extra):
+        return choice.of(SamplingParams(extra_args=extra))
+
+    settings = {"retention_ratio": 0.3, "value_norms": True, "pooling": "avg"}
+    flat = chosen(kv_compression="snapkv", **(settings | {"value_norms": 1}))
+    assert flat == chosen(kv_compression="snapkv", kv_compression_config=settings)
+    assert chosen(retention_ratio=0.25) == chosen(kv_compression_config={"retention_ratio": 0.25})
+    assert chosen(tsp_layer=[2, 4], tsp_ratio=[0.5, 0.3]).tsp_layers == (2, 4)
+
+
+def test_an_answer_says_what_was_done_for_it(engine):
+    """Method, tokens seen and kept; why a prompt was left alone; the halting rule's surplus is not kept."""
+
+    def report(num_tokens, **extra):
+        prompt = {"prompt_token_ids": list(make_prompts([num_tokens])[0])}
+        (output,) = engine.llm.generate([prompt], sampling(3, extra_args=extra), use_tqdm=False)
+        return output.kv_transfer_params["fastkv"]
+
+    kept = engine.config.plan(500, BLOCK_SIZE).num_kept
+    assert report(500) == {"method": "fastkv", "prompt_tokens_seen": 500, "prompt_tokens_kept": kept}
+    assert report(500, kv_context_tokens=300)["prompt_tokens_seen"] == 300
+    assert report(100) == {"method": "none", "left_alone": "short"}
+    assert report(500, kv_compression="none") == {"method": "none", "left_alone": "requested"}
+    method, settings = REQUESTS["dbudgetkv"]
+    halted = report(777, kv_compression=method, kv_compression_config=settings)
+    ceiling = filled(method, settings).plan(777, BLOCK_SIZE).num_kept
+    assert halted["method"] == method and halted["prompt_tokens_kept"] < ceiling
+    engine.require_idle()
+
+
+def test_a_server_may_keep_the_choice_to_itself(start):
+    engine = start("snapkv", SMALL | {"allow_request_override": False})
+    prompt = {"prompt_token_ids": list(range(4, 304))}
+    for extra in ({"kv_compression": "none"}, {"retention_ratio": 0.5}):
+        with pytest.raises(VLLMValidationError, match=r"compresses all requests alike .*; leave out (kv_c|retention_)"):
+            engine.llm.generate([prompt], sampling(4, extra_args=extra), use_tqdm=False)
+    (output,) = engine.llm.generate([prompt], sampling(4, extra_args={"kv_context_tokens": 200}), use_tqdm=False)
+    assert output.kv_transfer_params["fastkv"]["prompt_tokens_seen"] == 200
+    engine.require_idle()
+
+
+def test_a_server_may_set_a_least_ratio(start):
+    engine = start("snapkv", SMALL | {"min_retention_ratio": 0.15})
+    prompt = {"prompt_token_ids": list(range(4, 304))}
+    for extra, message in (
+        ({"retention_ratio": 0.1}, r"retention_ratio must be at least min_retention_ratio = 0\.15; got 0\.1"),
+        ({"kv_compression": "adakv"}, r"retention_ratio must be at least min_retention_ratio = 0\.15; got 0\.1"),
+        ({"budget": 100}, r"budget must be left out: min_retention_ratio = 0\.15 is of a ratio; got 100"),
+        ({"min_retention_ratio": 0.01}, "the server's matter; leave out min_retention_ratio"),
+    ):
+        with pytest.raises(VLLMValidationError, match=message):
+            engine.llm.generate([prompt], sampling(4, extra_args=extra), use_tqdm=False)
+    engine.llm.generate([prompt], sampling(4, extra_args={"retention_ratio": 0.15}), use_tqdm=False)
+    engine.require_idle()
+
+
 REFUSED = {
     "method": ({"kv_compression": "h3o"}, "unknown compression method 'h3o'"),
     "kind": ({"kv_compression": 3}, "kv_compression of a request must be a string; got 3"),
@@ -81,8 +141,12 @@ REFUSED = {
     "key": ({"kv_compression_config": {"ratio": 1}}, "unknown key ratio; known keys: retention_ratio"),
     "value": ({"kv_compression_config": {"retention_ratio": 2}}, r"retention_ratio must be in \(0, 1\]; got 2"),
     "none": ({"kv_compression": "none", "kv_compression_config": {"budget": 9}}, "must be left out where kv_compr"),
+    "none by name": ({"kv_compression": "none", "budget": 9}, "settings must be left out where .* 'none'; got budget"),
+    "twice": ({"budget": 9, "kv_compression_config": {"budget": 9}}, "budget must be given once, by name or in kv_"),
+    "flag": ({"value_norms": 2}, "value_norms must be true or false; got 2"),
+    "type": ({"retention_ratio": "0.2"}, r"retention_ratio must be in \(0, 1\]; got '0.2'"),
     "file": ({"kv_compression": "headkv", "kv_compression_config": {"head_weights": "/etc/passwd"}}, "server's matter"),
-    "memory": ({"kv_compression_config": {"max_tsp_tokens": 99999}}, "the server's matter; leave them out"),
+    "memory": ({"kv_compression_config": {"max_tsp_tokens": 99999}}, "the server's matter; leave out max_tsp_tokens"),
     "weights": ({"kv_compression": "headkv"}, "head_weights must be given for head_budgets 'importance'"),
     "layers": ({"kv_compression_config": {"tsp_layer": 7}}, r"tsp_layer must be in 0\.\.6"),
 }

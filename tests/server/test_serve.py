@@ -114,6 +114,18 @@ def test_a_request_chooses_its_method(compressing_server):
         ask(kv_compression="h3o")
 
 
+def test_an_answer_says_what_was_done(compressing_server):
+    """A setting by name reaches the engine."""
+    plan = CompressionConfig(method="snapkv", retention_ratio=0.3).plan(1024, BLOCK_SIZE)
+    body = {"vllm_xargs": {"kv_compression": "snapkv", "retention_ratio": 0.3}}
+    reply = complete(compressing_server, LONG[0], extra_body=body)
+    report = {"method": "snapkv", "prompt_tokens_seen": 1024, "prompt_tokens_kept": plan.num_kept}
+    assert reply.kv_transfer_params == {"fastkv": report}
+    assert complete(compressing_server, SHORT).kv_transfer_params == {
+        "fastkv": {"method": "none", "left_alone": "short"}
+    }
+
+
 def test_a_client_that_goes_away_leaves_nothing(compressing_server):
     chunks = client_of(compressing_server).completions.create(
         model=MODEL, prompt=LONG[0].prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
