@@ -33,7 +33,7 @@ test: setup ## Run all tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 soak: setup ## 50,000 engine steps of random requests, aborts and preemptions
-	FASTKV_RANDOM_STEPS=50000 $(PY) -m pytest -s tests/engine/test_random.py
+	FASTKV_RANDOM_STEPS=50000 $(PY) -m pytest -s -o timeout=0 tests/engine/test_random.py
 
 lint: setup ## Check style, formatting and types
 	.venv/bin/ruff check .

@@ -90,6 +90,8 @@ def machine(engine: Engine, seen: Histories) -> type[RuleBasedStateMachine]:
         def teardown(self) -> None:
             while llm.has_unfinished_requests():
                 self.step()
+            if engine.scheduler.has_finished_requests():
+                llm.step()  # an empty one, as a server does: it tells the worker of those aborted last
             engine.require_idle()
             seen.compressed += engine.totals.requests_compressed - self.compressed
 
