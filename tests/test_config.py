@@ -459,10 +459,12 @@ def test_plan_turns_ratios_and_counts_into_entries() -> None:
     ratio = make(retention_ratio=0.1, tsp_layer=3, tsp_ratio=0.5).plan(1280, 32)
     counts = make(budget=128, tsp_layer=3, tsp_tokens=640).plan(1280, 32)
     assert (
-        ratio == counts == PromptPlan(1280, 32, num_pages=4, cuts=((3, 640),), window_size=8, num_sink=0, num_recent=8)
+        ratio
+        == counts
+        == PromptPlan(1280, 32, num_pages=4, cuts=((3, 640),), window_size=8, num_voters=8, num_sink=0, num_recent=8)
     )
     several = make(tsp_layer=[2, 4, 5], tsp_ratio=[0.5, 0.3, 0.2]).plan(1280, 32)
     assert several == make(budget=128, tsp_layer=[2, 4, 5], tsp_tokens=[640, 384, 256]).plan(1280, 32)
     assert isinstance(several, PromptPlan) and several.cuts == ((2, 640), (4, 384), (5, 256))
-    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, (), 8, 4, 8)
+    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, (), 8, 8, 4, 8)
     assert make().plan(511, 32) is LeftAlone.SHORT

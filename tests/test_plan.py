@@ -169,7 +169,9 @@ def test_a_plan_by_hand() -> None:
     """1000 tokens in blocks of 32: 31 whole ones and a tail of 8, which is the window."""
     config = CompressionConfig("fastkv", retention_ratio=0.1, tsp_layer=3)
     plan = config.plan(1000, 32)
-    assert plan == PromptPlan(1000, 32, num_pages=3, cuts=((3, 200),), window_size=8, num_sink=0, num_recent=8)
+    assert plan == PromptPlan(
+        1000, 32, num_pages=3, cuts=((3, 200),), window_size=8, num_voters=8, num_sink=0, num_recent=8
+    )
     assert (plan.num_whole_blocks, plan.num_tail, plan.forced_from) == (31, 8, 992)
     assert (plan.num_moved, plan.num_kept, plan.num_freed_blocks) == (96, 104, 28)
     assert [plan.peak_tokens(n) for n in (1, 1000, 1001, 1895, 1897)] == [1, 1000, 1000, 1000, 1001]

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, Idefics3ForConditionalGeneration
 
 from tests.reference import FAMILIES, Drop, Generation, ReferenceModel, make_checkpoint
 from tests.reference.budgets import losses_by_count
+from tests.reference.images import ROW_TOKENS, make_image_checkpoint, picture, pixels
 from tests.reference.selection import select_positions, window_scores
 
 NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
@@ -94,6 +95,21 @@ def test_generated_tokens_vary_and_ties_are_rare(
     generation = ReferenceModel(checkpoint(family)).generate(prompt, max_tokens=60)
     assert len(set(generation.tokens)) >= 30
     assert sum(margin < 1e-3 for margin in generation.margins) <= 3
+
+
+@torch.inference_mode()
+def test_pictures_are_those_of_transformers(tmp_path: Path, prompt: list[int]) -> None:
+    """Logits of a prompt with two pictures, to transformers one image token each and the pixels."""
+    directory = make_image_checkpoint(tmp_path)
+    prompt = [token for token in prompt if token != ROW_TOKENS[2]]
+    prompt = [*prompt[:50], *picture(1), *prompt[50:70], *picture(0), *prompt[70:]]
+    tokens = [token if token >= 0 else ROW_TOKENS[(-1 - token) % len(ROW_TOKENS)] for token in prompt]
+    processor = AutoProcessor.from_pretrained(directory).image_processor
+    inputs = processor([[pixels(1), pixels(0)]], input_data_format="channels_last", return_tensors="pt")
+    model = Idefics3ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    torch.testing.assert_close(
+        ReferenceModel(directory).logits(prompt), model(torch.tensor([tokens]), **inputs).logits[0], rtol=0, atol=1e-4
+    )
 
 
 def test_checkpoint_depends_on_the_seed_only(tmp_path: Path) -> None:

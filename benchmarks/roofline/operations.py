@@ -57,7 +57,7 @@ def prefill_operations(shape: ModelShape, setting: Setting, workload: Workload) 
         operations += _layer_operations(shape, workload.tensor_parallel, rows=rows * workload.batch, layers=layers)
         operations.append(_causal_attention(shape, setting, workload, rows=rows, layers=layers))
         if plan is not None and setting.scores:
-            operations.append(_scoring(shape, setting, workload, rows=rows, layers=layers, window=plan.window_size))
+            operations.append(_scoring(shape, setting, workload, rows=rows, layers=layers, window=plan.num_voters))
     if plan is not None:
         operations.append(_moving(shape, setting, workload, num_moved=plan.num_moved))
         operations += _propagation(shape, workload, [rows for _, rows in setting.cuts(shape, workload.context)])

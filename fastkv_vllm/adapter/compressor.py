@@ -35,7 +35,7 @@ class Compressor:
         held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
         halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
-        windows: (request, layer) -> window queries by position, [W, Hq, D].
+        windows: (request, layer) -> queries of the voters by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
         stash: request -> residual rows after its first cut by position, [P, hidden].
         selected: request -> rows chosen at the cut after the layer that runs, ascending positions; who makes the cut
@@ -186,9 +186,9 @@ class Compressor:
                 self._moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
 
     def _keep_window(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> None:
-        """Remember the window queries of a chunk that ends inside the window."""
+        """Remember the queries of those voters that are in a chunk before the last."""
         plan = prefill.plan
-        window_start, end = plan.num_tokens - plan.window_size, prefill.start + prefill.count
+        window_start, end = plan.num_tokens - plan.num_voters, prefill.start + prefill.count
         first = max(prefill.start, window_start)
         if first < end:
             buffer = self._window_buffer(prefill, layer, query)
@@ -197,14 +197,14 @@ class Compressor:
     def _window_buffer(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> torch.Tensor:
         key = (prefill.request_id, layer)
         if key not in self.windows:
-            self.windows[key] = query.new_zeros(prefill.plan.window_size, *query.shape[1:])
+            self.windows[key] = query.new_zeros(prefill.plan.num_voters, *query.shape[1:])
         return self.windows[key]
 
     def _window_queries(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """The prompt's last W queries, [W, Hq, D]."""
-        window = prefill.plan.window_size
-        rows = query[prefill.rows][-window:]
-        missing = window - rows.shape[0]
+        """Queries of the prompt's voters, [W, Hq, D]."""
+        num_voters = prefill.plan.num_voters
+        rows = query[prefill.rows][-num_voters:]
+        missing = num_voters - rows.shape[0]
         if missing == 0:
             return rows
         return torch.cat([self.windows[prefill.request_id, layer][:missing], rows])

@@ -16,6 +16,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Phi3ForCausalLM",
     "GemmaForCausalLM",
+    "Idefics3ForConditionalGeneration",
 )
 _STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 

@@ -1,8 +1,10 @@
 """What a request may say about its own compression, through `vllm_xargs` or `SamplingParams.extra_args`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 CONTEXT_TOKENS = "kv_context_tokens"
 
@@ -29,3 +31,16 @@ def context_tokens(params: Any, num_prompt_tokens: int) -> int:
             f"{CONTEXT_TOKENS} must be an integer in 1..{num_prompt_tokens}, the tokens of this prompt; got {value!r}"
         )
     return value
+
+
+def tokens_after_image(features: Sequence[MultiModalFeatureSpec], num_tokens: int) -> int:
+    """Tokens of the first `num_tokens` of a prompt that follow its last image; 0 where it has none or ends in one.
+
+    Text that a processor puts around an image is text.
+
+    Args:
+        features: of the request, what stands in place of its images.
+        num_tokens: tokens of the prompt that are compressed.
+    """
+    ends = [end + 1 for f in features for start, end in f.mm_position.extract_embeds_range() if start < num_tokens]
+    return max(num_tokens - max(ends), 0) if ends else 0

@@ -43,6 +43,9 @@ class CPUCompressionRunner(CPUModelRunner):
         self.compressor.use_cache(self.kv_caches, self._builder.isa)
         names = kv_cache_config.kv_cache_groups[0].layer_names
         self._layer_names = {extract_layer_index(name): name for name in names}
+        # Wherever a model of several parts keeps them: those that the attention with a cache lies in.
+        paths = [self._layer_names[index].partition(".self_attn.")[0] for index in sorted(self._layer_names)]
+        self._decoder_layers = [self.get_model().get_submodule(path) for path in paths]
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         orders = self._orders = orders_of(scheduler_output)
@@ -82,7 +85,7 @@ class CPUCompressionRunner(CPUModelRunner):
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._tsp is None:
             return super()._model_forward(*args, **kwargs)
-        with self._tsp.detour(self.get_model().model.layers):
+        with self._tsp.detour(self._decoder_layers):
             hidden = super()._model_forward(*args, **kwargs)
         return self._tsp.scatter(hidden, kwargs["positions"].shape[0])
 

@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from fastkv_vllm.adapter.choice import NONE, Choice
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
-from fastkv_vllm.adapter.request import context_tokens
+from fastkv_vllm.adapter.request import context_tokens, tokens_after_image
 from fastkv_vllm.adapter.step import CompressionStats, Orders, attach_orders, orders_of, stats_of
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
@@ -54,8 +54,8 @@ class _CompressionMixin(Scheduler):
         blocks, num_hit, *rest = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         plan = self._plan(request)
         if isinstance(plan, PromptPlan):
-            # The window's queries must be computed, and a resumed request must pass its prompt's end again.
-            limit = (plan.num_tokens - plan.window_size) // plan.block_size * plan.block_size
+            # The voters' queries must be computed, and a resumed request must pass its prompt's end again.
+            limit = (plan.num_tokens - plan.num_voters) // plan.block_size * plan.block_size
             if num_hit > limit:
                 blocks, num_hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
         return (blocks, num_hit, *rest)
@@ -69,7 +69,8 @@ class _CompressionMixin(Scheduler):
             return num_new_tokens
         self.manager.plans[request.request_id] = plan
         num_new_tokens = min(num_new_tokens, plan.num_tokens - num_computed_tokens)
-        ends = num_computed_tokens + num_new_tokens == plan.num_tokens
+        # vLLM may yet shorten a chunk before an image that its encoder has no room for.
+        ends = num_computed_tokens + num_new_tokens == plan.num_tokens and not request.has_encoder_inputs
         if plan.cuts and not ends and request.request_id not in self.manager.stashing:
             limit = self.compression.max_tsp_tokens
             assert limit is not None, "filled in by CompressionConfig.for_model"
@@ -140,7 +141,8 @@ class _CompressionMixin(Scheduler):
         if config is None:
             return LeftAlone.REQUESTED
         num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
-        return config.plan(num_tokens, self.manager.block_size)
+        num_after_image = tokens_after_image(request.mm_features, num_tokens)
+        return config.plan(num_tokens, self.manager.block_size, num_after_image)
 
     def _settle(self, plan: StepPlan, surplus: Mapping[str, int]) -> None:
         """Give back what the prompts that ended in a step did not need of their budget, now that its worker knows."""

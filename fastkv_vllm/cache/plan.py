@@ -26,14 +26,15 @@ class LeftAlone(Enum):
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """What stays of one prompt; known from the configuration and the prompt's length alone.
+    """What stays of one prompt; known from the configuration, the prompt's length and where its last image ends.
 
     Fields:
         num_tokens: tokens of the prompt (P).
         block_size: tokens per block.
         num_pages: whole pages that stay per (layer, KV head), beside the tail; also the whole blocks that stay.
         cuts: layers after which fewer rows go on, ascending, and how many of them, falling, forced ones included.
-        window_size: last tokens whose queries vote.
+        window_size: last tokens that always stay.
+        num_voters: last tokens whose queries vote.
         num_sink: first tokens that always stay.
         num_recent: last tokens that always stay, the window among them.
         is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean, and the most it can be
@@ -45,6 +46,7 @@ class PromptPlan:
     num_pages: int
     cuts: tuple[tuple[int, int], ...]
     window_size: int
+    num_voters: int
     num_sink: int
     num_recent: int
     is_ragged: bool = False
@@ -124,6 +126,7 @@ def plan_prompt(
     window_size: int,
     num_sink: int,
     min_tokens: int,
+    num_voters: int = 0,
     num_recent: int = 0,
     is_ragged: bool = False,
     layers_keep_rows: bool = False,
@@ -139,9 +142,10 @@ def plan_prompt(
         block_size: tokens per block.
         num_kept: budget per (layer, KV head), window included.
         cuts: layers, ascending, and the rows wished after each; raised to what stays. Cuts that drop none are left out.
-        window_size: last tokens whose queries vote.
+        window_size: last tokens that always stay.
         num_sink: first tokens that always stay.
         min_tokens: prompts below this are left alone; more than window_size.
+        num_voters: last tokens whose queries vote, at most num_tokens; 0: those of the window.
         num_recent: last tokens that always stay, if more than the window; below num_kept.
         is_ragged: layers and KV heads share the pages unevenly.
         layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
@@ -157,6 +161,7 @@ def plan_prompt(
         held - (tail > 0),
         (),
         window_size,
+        num_voters or window_size,
         num_sink,
         max(window_size, num_recent),
         is_ragged,

@@ -213,14 +213,22 @@ class CompressionConfig:
         )
         return Allocator(self.layer_budgets, self.head_budgets, options)
 
-    def plan(self, num_tokens: int, block_size: int) -> PromptPlan | LeftAlone:
-        """What stays of a prompt of `num_tokens` tokens; its cuts are known once `for_model` has set their layers."""
+    def plan(self, num_tokens: int, block_size: int, num_after_image: int = 0) -> PromptPlan | LeftAlone:
+        """What stays of a prompt; its cuts are known once `for_model` has set their layers.
+
+        Args:
+            num_tokens: tokens of the prompt.
+            block_size: tokens per block.
+            num_after_image: of them, those after its last image; 0: none or no image.
+        """
         assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
         cls = method_class(self.method)
         num_recent = int(num_kept * self.recent_share)
-        window_size = max(self.window_size, num_recent) if cls.recent_ones_vote else self.window_size
+        num_voters = num_recent if cls.recent_ones_vote and num_recent > self.window_size else self.window_size
+        if num_after_image and cls.most_voters_after_image:
+            num_voters = min(num_after_image, cls.most_voters_after_image)
         cuts: list[tuple[int, int]] = []
         if self.uses_tsp and self.tsp_layers:
             rows = each(self.tsp_tokens) or [int(num_tokens * share) for share in each(self.tsp_ratio)]
@@ -230,9 +238,10 @@ class CompressionConfig:
             block_size=block_size,
             num_kept=num_kept,
             cuts=cuts,
-            window_size=window_size,
+            window_size=self.window_size,
             num_sink=self.num_sink,
             min_tokens=self.min_tokens,
+            num_voters=num_voters,
             num_recent=num_recent,
             is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,

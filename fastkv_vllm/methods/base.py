@@ -25,6 +25,8 @@ class Method(ABC):
         propagates: the method also chooses the rows that go on after a cut.
         one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
         recent_ones_vote: the queries of all recent tokens vote, not those of the last `window_size`.
+        most_voters_after_image: where a prompt has an image, so many of the tokens after the last one vote at most, not
+            the last `window_size`; 0: images make no difference.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
             default_halting_loss: the fields of CompressionConfig without `default_`, when the configuration does not
             say.
@@ -42,6 +44,7 @@ class Method(ABC):
     propagates: ClassVar[bool] = False
     one_choice: ClassVar[bool] = False
     recent_ones_vote: ClassVar[bool] = False
+    most_voters_after_image: ClassVar[int] = 0
     default_retention_ratio: ClassVar[float] = 0.1
     default_num_sink: ClassVar[int] = 0
     default_recent_share: ClassVar[float] = 0.0
@@ -73,8 +76,8 @@ class Method(ABC):
                 `kernels.column_sums`.
 
         Returns:
-            Scores [H, N] float32, or [1, N] where all heads agree. The last W columns are the window's own;
-            they always stay, their value is ignored.
+            Scores [H, N] float32, or [1, N] where all heads agree. The last `window_size` columns are the window's
+            own; they always stay, their value is ignored.
         """
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.engine.harness import Engine
 from tests.reference import make_checkpoint
+from tests.reference.images import IMAGE_FAMILY, make_image_checkpoint
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +23,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
     def directory(family: str) -> Path:
         path = root / family
-        return path if path.exists() else make_checkpoint(path, family)
+        if path.exists():
+            return path
+        return make_image_checkpoint(path) if family == IMAGE_FAMILY else make_checkpoint(path, family)
 
     return directory
 

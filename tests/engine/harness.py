@@ -23,6 +23,7 @@ from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 from fastkv_vllm.cache import PromptPlan  # noqa: E402
 from fastkv_vllm.config import CompressionConfig  # noqa: E402
 from tests.engine.oracle import BLOCK_SIZE, clear, plan_of, reference  # noqa: E402
+from tests.reference.images import engine_prompt  # noqa: E402
 
 # Two ways to add float32 numbers differ by 2e-5 here; one missing or misplaced row moves a logprob by more than 1e-2.
 LOGPROB_TOLERANCE = 2e-4
@@ -58,6 +59,7 @@ class Engine:
         if method is not None:
             arguments |= {"kv_compression": method, "kv_compression_config": config or {}}
         defaults = {
+            "skip_tokenizer_init": True,
             "enforce_eager": True,
             "max_model_len": 2048,
             "max_num_batched_tokens": 2048,
@@ -68,7 +70,6 @@ class Engine:
         }
         self.llm = LLM(
             model=str(checkpoint),
-            skip_tokenizer_init=True,
             dtype="float32",
             block_size=BLOCK_SIZE,
             seed=0,
@@ -142,7 +143,7 @@ class Engine:
         """Answers to the prompts; with `contexts` only so many leading tokens of each are compressed (None: all)."""
         extra = [None if n is None else {"kv_context_tokens": n} for n in contexts or [None] * len(prompts)]
         return self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [engine_prompt(prompt) for prompt in prompts],
             [sampling(max_tokens, extra_args=args, **parameters) for args in extra],
             use_tqdm=False,
         )

@@ -14,6 +14,7 @@ import tests.reference.model
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
 from tests.reference import Drop, Generation, ReferenceModel
+from tests.reference.images import num_after_image
 
 BLOCK_SIZE = 32
 
@@ -24,13 +25,13 @@ def make_prompts(lengths: list[int], seed: int = 0) -> list[tuple[int, ...]]:
     return [tuple(rng.randrange(4, 500) for _ in range(length)) for length in lengths]
 
 
-def plan_of(config: CompressionConfig | None, num_tokens: int) -> PromptPlan | LeftAlone:
-    return LeftAlone.SHORT if config is None else config.plan(num_tokens, BLOCK_SIZE)
+def plan_of(config: CompressionConfig | None, num_tokens: int, num_after_image: int = 0) -> PromptPlan | LeftAlone:
+    return LeftAlone.SHORT if config is None else config.plan(num_tokens, BLOCK_SIZE, num_after_image)
 
 
-def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
+def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: int = 0) -> Drop | None:
     """What the reference must drop where `config` compresses; None where the prompt is left alone."""
-    plan = plan_of(config, num_tokens)
+    plan = plan_of(config, num_tokens, num_after_image)
     if isinstance(plan, LeftAlone):
         return None
     return Drop(
@@ -38,6 +39,7 @@ def drop_of(config: CompressionConfig | None, num_tokens: int) -> Drop | None:
         num_kept=plan.num_kept,
         forced_from=plan.forced_from,
         window_size=plan.window_size,
+        num_voters=plan.num_voters,
         kernel_size=config.kernel_size,
         pooling=config.pooling,
         num_sink=config.num_sink,
@@ -70,8 +72,9 @@ def reference(
     num_context: int | None = None,
 ) -> Generation:
     """Greedy generation of the reference model that drops what `config` drops, after `num_context` prompt tokens."""
-    num_context = num_context or len(prompt)
-    return _generate(checkpoint, prompt, max_tokens, drop_of(config, num_context), num_context)[0]
+    end = num_context or len(prompt)
+    drop = drop_of(config, end, num_after_image(prompt[:end]))
+    return _generate(checkpoint, prompt, max_tokens, drop, end)[0]
 
 
 def clear(
@@ -87,7 +90,8 @@ def clear(
     order. Exact ties are clear: the lower position wins on both sides.
     """
     end = num_context or len(prompt)
-    while not _is_clear(*_generate(checkpoint, prompt, max_tokens, drop_of(config, end), end)):
+    drop = drop_of(config, end, num_after_image(prompt[:end]))
+    while not _is_clear(*_generate(checkpoint, prompt, max_tokens, drop, end)):
         prompt = (*prompt[: end - 1], 4 + (prompt[end - 1] - 3) % 496, *prompt[end:])
     return prompt
 

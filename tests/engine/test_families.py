@@ -8,18 +8,20 @@ from fastkv_vllm.adapter.conflicts import ARCHITECTURES
 from tests.engine.oracle import make_prompts
 from tests.engine.settings import TSP
 from tests.reference import FAMILIES
+from tests.reference.images import IMAGE_FAMILY
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, IMAGE_FAMILY])
 def test_family(start, checkpoints, family):
-    engine = start("fastkv", TSP, checkpoint=checkpoints(family), max_model_len=1024)
+    arguments = {"max_model_len": 1024, "skip_tokenizer_init": family != IMAGE_FAMILY}
+    engine = start("fastkv", TSP, checkpoint=checkpoints(family), **arguments)
     assert engine.core.vllm_config.model_config.architecture in ARCHITECTURES
     with engine.step_tokens(100):
         engine.check(make_prompts([500, 90, 333]))
 
 
 def test_all_architectures_are_covered():
-    assert len(FAMILIES) == len(ARCHITECTURES)
+    assert len(FAMILIES) + 1 == len(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

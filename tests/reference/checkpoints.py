@@ -90,7 +90,7 @@ def make_checkpoint(
         **({"tie_word_embeddings": False} | own_settings),
     )
     model = model_class(config)
-    _randomise(model, seed)
+    randomise(model, seed)
     if family == "gemma":
         _adapt_to_gemma(model)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
@@ -98,7 +98,7 @@ def make_checkpoint(
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: torch.nn.Module, seed: int) -> None:
     """Fill every parameter: large matrices make attention peaky and logits spread."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():  # a tied lm_head is listed once, as the embedding

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.reference.budgets
+from tests.reference.images import image_rows
 from tests.reference.scores import (
     all_query_scores,
     last_query_attention,
@@ -51,11 +52,14 @@ class ReferenceModel:
     """Llama, Mistral, Qwen2, Qwen3, Phi-3 and Gemma 1 checkpoints, one sequence at a time, batch of one.
 
     The families differ in what their checkpoint holds (biases, q/k norms, fused projections) and in Gemma's
-    three constants; everything else is one decoder.
+    three constants; everything else is one decoder. Of an Idefics3 checkpoint it is the decoder; rows of pictures come
+    from transformers, see `images`.
     """
 
     def __init__(self, directory: Path) -> None:
         config = json.loads((Path(directory) / "config.json").read_text())
+        has_images = "vision_config" in config
+        config = config["text_config"] if has_images else config
         _refuse_unsupported(config)
         is_gemma = config["model_type"] == "gemma"
         self.hidden_size = config["hidden_size"]
@@ -65,14 +69,20 @@ class ReferenceModel:
         self.eps = config["rms_norm_eps"]
         self.rope_theta = config["rope_parameters"]["rope_theta"]
         self.norm_offset = 1.0 if is_gemma else 0.0
-        self.embedding_scale = self.hidden_size**0.5 if is_gemma else 1.0
+        embedding_scale = self.hidden_size**0.5 if is_gemma else 1.0
         self.gelu = is_gemma
 
         weights: dict[str, Tensor] = {}
         for file in sorted(Path(directory).glob("*.safetensors")):
-            weights |= {name.removeprefix("model."): tensor.float() for name, tensor in load_file(file).items()}
-        self.embedding = weights["embed_tokens.weight"]
-        self.lm_head = self.embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
+            weights |= {
+                name.removeprefix("model.").removeprefix("text_model."): tensor.float()
+                for name, tensor in load_file(file).items()
+            }
+        embedding = weights["embed_tokens.weight"]
+        self.lm_head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
+        self.inputs = embedding * embedding_scale
+        if has_images:  # token -1 is their first row
+            self.inputs = torch.cat([self.inputs, image_rows(directory).flip(0)])
         self.final_norm = weights["norm.weight"]
         self.layer_weights = [self._layer_weights(weights, i) for i in range(config["num_hidden_layers"])]
 
@@ -169,7 +179,7 @@ class ReferenceModel:
         return layer
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
-        return self.embedding[list(tokens)] * self.embedding_scale
+        return self.inputs[list(tokens)]
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden, self.final_norm) @ self.lm_head.T
@@ -226,7 +236,7 @@ def _score(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, dro
     if not drop.has_scores:
         return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
     if drop.method == "pyramidinfer":
-        scores = recent_query_scores(queries, keys, drop.window_size).expand(keys.shape[0], -1)
+        scores = recent_query_scores(queries, keys, drop.num_voters).expand(keys.shape[0], -1)
     elif drop.method in ("tova", "lazyllm"):
         scores = last_query_scores(queries, keys).expand(keys.shape[0], -1)
     elif drop.decay is not None:

@@ -20,11 +20,12 @@ class Drop:
     """Which entries a method drops at the end of the prompt.
 
     method: "streamingllm", "duoattention", "dbudgetkv" (the most recent stay), "tova" and "lazyllm" (the last query
-        votes, once for all heads), "pyramidinfer" (the last window_size queries vote, later ones more, once for all
+        votes, once for all heads), "pyramidinfer" (the last num_voters queries vote, later ones more, once for all
         heads), "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
-    window_size, kernel_size, pooling: queries that vote; odd pooling width; "max" or "avg".
+    window_size, kernel_size, pooling: last positions, which vote; odd pooling width; "max" or "avg".
+    num_voters: last positions that vote, where it need not be the window.
     num_sink: positions below it always stay and are always propagated.
     cuts: (0-based layer, rows propagated after it out of those it saw, forced ones included), layers ascending.
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
@@ -40,6 +41,7 @@ class Drop:
     num_kept: int
     forced_from: int
     window_size: int = 8
+    num_voters: int = 8
     kernel_size: int = 7
     pooling: str = "max"
     num_sink: int = 0

@@ -1,0 +1,47 @@
+"""Prompts with images: vision-language models are compressed as exactly as others."""
+
+import pytest
+
+from tests.engine.oracle import make_prompts
+from tests.engine.settings import SMALL, TSP
+from tests.reference.images import IMAGE_FAMILY, picture
+
+TEXT = make_prompts([300, 120, 50, 200, 30, 90, 500, 400, 3], seed=5)
+MIDDLE = TEXT[0] + picture(0) + TEXT[1]
+TWO = TEXT[2] + picture(1) + TEXT[3] + picture(2) + TEXT[4]
+FIRST = picture(2) + TEXT[7]
+NEAR_THE_END = TEXT[7] + picture(1) + TEXT[8]
+NONE, SHORT = TEXT[6], TEXT[5]
+ENGINES = {"snapkv": SMALL, "fastkv": TSP}
+
+
+@pytest.fixture(params=ENGINES, scope="module")
+def engine(request, start, checkpoints):
+    return start(request.param, ENGINES[request.param], checkpoint=checkpoints(IMAGE_FAMILY), skip_tokenizer_init=False)
+
+
+def test_prompts_one_by_one_in_one_chunk(engine):
+    for prompt in (MIDDLE, NEAR_THE_END):
+        engine.check([prompt], max_tokens=16)
+
+
+@pytest.mark.parametrize("step_tokens", [61, 2048])
+def test_mixed_requests(engine, step_tokens):
+    """Images cut by the ends of chunks, text only, prompts left alone, prefill and decode in the same steps."""
+    with engine.step_tokens(step_tokens), engine.watch():
+        engine.check([MIDDLE, TWO, NONE, SHORT, FIRST, NEAR_THE_END], max_tokens=24)
+        assert len(engine.free_blocks) >= 2000 / step_tokens, "prompts were not cut into chunks"
+
+
+def test_preempted_before_and_after_compaction(engine):
+    def preempt(number):
+        if number in (3, 11, 20):
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    with engine.step_tokens(100), engine.watch(before=preempt):
+        engine.check([TWO, MIDDLE, NONE], max_tokens=24)
+    assert {p.compressed for p in engine.preemptions} == {True, False}
+
+
+def test_question_behind_a_compressed_context(engine):
+    engine.check([MIDDLE, TWO], max_tokens=8, contexts=[480, 330])
