@@ -23,6 +23,7 @@ from vllm.forward_context import get_forward_context
 from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.kernels.propagate import gather_stream
 
 Layer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -151,12 +152,11 @@ class TSPStep:
                 continue
             assert prefill is not None, "it is cut"
             self._count(index, prefill)
-            stream = hidden[rows] + residual[rows]
             if prefill.destination is None:
-                self._stash(prefill, stream)
+                self._stash(prefill, hidden[rows] + residual[rows])
                 continue
             chosen = self._compressor.selected.pop(prefill.request_id)
-            picked = self._pick(prefill, stream, positions[rows], chosen)
+            picked = self._pick(prefill, hidden[rows], residual[rows], positions[rows], chosen)
             parts.append((torch.zeros_like(picked), picked, chosen))
             prefill = replace(prefill, count=len(chosen), start=0, positions=chosen)
             segments.append(replace(segment, count=len(chosen), prefill=prefill))
@@ -181,17 +181,20 @@ class TSPStep:
         stash[prefill.request_id][prefill.start : prefill.start + prefill.count] = stream
 
     def _pick(
-        self, prefill: PrefillRows, stream: torch.Tensor, positions: torch.Tensor, chosen: torch.Tensor
+        self,
+        prefill: PrefillRows,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        chosen: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows `chosen` of the prompt's residual stream; `stream` holds those at `positions`, the stash those before.
+        """Rows at positions `chosen` of the prompt's residual stream: this step has those at `positions`.
 
-        All of them ascend; after the first cut none is before.
+        The stash has all before them at a prompt's first cut; at later cuts there are none before.
         """
-        earlier = int((chosen < positions[0]).sum())
-        now = stream[torch.searchsorted(positions, chosen[earlier:])]
-        if earlier == 0:
-            return now
-        return torch.cat([self._compressor.stash[prefill.request_id][chosen[:earlier]], now])
+        if prefill.start:
+            return gather_stream(self._compressor.stash[prefill.request_id][: prefill.start], hidden, residual, chosen)
+        return gather_stream(hidden[:0], hidden, residual, torch.searchsorted(positions, chosen))
 
     def _lay_out(self, index: int, segments: Sequence[_Segment]) -> None:
         """Put these requests' rows one after the other, and point the layers after this one at that batch.
