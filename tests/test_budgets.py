@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, PagePool
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, TableCache
 from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.kernels.page_tables import page_tables
 from fastkv_vllm.kernels.select import select, select_ragged
 from tests.reference.budgets import hand_out
 
@@ -153,3 +154,29 @@ def test_shared_pages_are_those_of_the_destination(pool: PagePool, seed: int) ->
 def test_even_counts_stay_in_their_own_pages(pool: PagePool) -> None:
     held = HeadPages.share(20, torch.full((NUM_LAYERS, NUM_HEADS), 2), pool, [4, 9])
     assert torch.equal(held.pages, pool.pages(torch.tensor([4, 9])))
+
+
+def test_the_op_writes_the_tables_the_engine_reads(pool: PagePool) -> None:
+    """Requests of other counts, lengths and blocks since; the op's rows end where the engine's are padded."""
+    generator = torch.Generator().manual_seed(3)
+    block_tables, rows = torch.randint(1, 10, (3, 24), generator=generator, dtype=torch.int32), []
+    for request, (num_whole, num_tokens) in enumerate([(20, 640), (5, 161), (7, 9 * BLOCK_SIZE + 1)]):
+        counts = torch.randint(1, 4, (NUM_LAYERS, NUM_HEADS), generator=generator)
+        held = HeadPages.share(num_whole, counts, pool, [4, 9, 2])
+        blocks = block_tables[request, num_whole : -(-num_tokens // BLOCK_SIZE)].to(torch.int64)
+        rows.append(HeadRows(request, 1, num_tokens, blocks, held))
+    expected = TableCache().tables(rows, pool)
+    lengths = HeadReads(rows, pool, expected).seq_lens
+    found = torch.zeros(NUM_LAYERS, 3 * NUM_HEADS, 24, dtype=torch.int32), torch.zeros_like(lengths)
+    held_pages = [r.held.pages[torch.arange(r.held.pages.shape[2]) < r.held.counts.unsqueeze(-1)] for r in rows]
+    page_tables(
+        torch.cat(held_pages),
+        torch.stack([r.held.counts for r in rows]),
+        block_tables,
+        num_whole=torch.tensor([r.held.num_whole for r in rows]),
+        seq_lens=torch.tensor([r.num_tokens for r in rows], dtype=torch.int32),
+        first=pool.first,
+        block_size=BLOCK_SIZE,
+        out=found,
+    )
+    assert torch.equal(found[0][..., : expected.shape[2]], expected) and torch.equal(found[1], lengths)
