@@ -120,6 +120,7 @@ class Compressor:
                 scores = prefill.recipe.method.score(**inputs)
                 if prefill.recipe.config.value_norms:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
+            with self._timed("select_us"):
                 scores = self._settle(prefill, layer, scores)
                 scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
                 if prefill.recipe.config.halting_loss is not None:
@@ -157,7 +158,7 @@ class Compressor:
         """Pages for every layer and head of one prompt, and copies of what goes there."""
         plan, pool = prefill.plan, self.pool
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
-        with self._timed("score_us"):
+        with self._timed("select_us"):
             counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads)
             if prefill.request_id in self.halted:
                 counts = counts.minimum(torch.tensor(self.halted[prefill.request_id]).unsqueeze(1))

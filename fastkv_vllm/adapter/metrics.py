@@ -10,40 +10,50 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from fastkv_vllm.adapter.step import CompressionStats
 
-# Metric -> documentation, of plain counters; units are in the names.
-COUNTERS = {
-    "vllm:fastkv_requests_compressed": "Prompts compressed; one compressed again after preemption counts again.",
-    "vllm:fastkv_prompt_tokens_seen": "Tokens of compressed prompts.",
-    "vllm:fastkv_prompt_tokens_kept": "Entries kept per layer and KV head of compressed prompts.",
-    "vllm:fastkv_blocks_freed": "Blocks given back to the pool at the end of prefill, or (halting rule) a step later.",
-    "vllm:fastkv_tsp_rows_in": "Rows that reached the first TSP layer.",
-    "vllm:fastkv_tsp_rows_out": "Rows that went on after the last TSP layer.",
-    "vllm:fastkv_score_seconds": "Time spent scoring and selecting entries, first worker.",
-    "vllm:fastkv_compact_seconds": "Time spent moving kept entries, first worker.",
-}
 LEFT_ALONE = "vllm:fastkv_requests_left_alone"
 STASH_BYTES = "vllm:fastkv_stash_bytes"
-_MICROSECONDS = {"vllm:fastkv_score_seconds", "vllm:fastkv_compact_seconds"}
+# Counter -> labels beside those all have, and documentation; units are in the names.
+COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "vllm:fastkv_requests_compressed": (
+        ("method",),
+        "Prompts compressed; one compressed again after preemption counts again.",
+    ),
+    "vllm:fastkv_prompt_tokens_seen": (("method",), "Tokens of compressed prompts."),
+    "vllm:fastkv_prompt_tokens_kept": (("method",), "Entries kept per layer and KV head of compressed prompts."),
+    "vllm:fastkv_blocks_freed": (
+        ("method",),
+        "Blocks given back to the pool at the end of prefill, or (halting rule) a step later.",
+    ),
+    LEFT_ALONE: (("reason",), "Prompts not compressed."),
+    "vllm:fastkv_tsp_rows_in": ((), "Rows that reached the first TSP layer."),
+    "vllm:fastkv_tsp_rows_out": ((), "Rows that went on after the last TSP layer."),
+    "vllm:fastkv_score_seconds": ((), "Time spent scoring entries, first worker."),
+    "vllm:fastkv_select_seconds": ((), "Time spent selecting entries, and rows to go on, first worker."),
+    "vllm:fastkv_compact_seconds": ((), "Time spent moving kept entries, first worker."),
+}
+_LABELS = ("model_name", "engine")
 
 
 def encode_stats(stats: SchedulerStats, figures: CompressionStats) -> None:
-    """Put our figures into a field of vLLM's statistics.
+    """Put our figures into a field of vLLM's statistics, those with a label as metric/label.
 
     The message to the front end is typed, its only open integer maps are the LoRA ones, and LoRA is refused with
     compression. Integers only: seconds travel as microseconds.
     """
     worker = figures.worker
     stats.running_lora_adapters = {
-        "vllm:fastkv_requests_compressed": figures.requests_compressed,
-        "vllm:fastkv_prompt_tokens_seen": figures.prompt_tokens_seen,
-        "vllm:fastkv_prompt_tokens_kept": figures.prompt_tokens_kept,
-        "vllm:fastkv_blocks_freed": figures.blocks_freed,
+        **{
+            f"vllm:fastkv_{name}/{method}": count
+            for method, prompts in figures.by_method.items()
+            for name, count in vars(prompts).items()
+        },
+        **{f"{LEFT_ALONE}/{reason}": count for reason, count in figures.left_alone.items()},
         "vllm:fastkv_tsp_rows_in": worker.tsp_rows_in,
         "vllm:fastkv_tsp_rows_out": worker.tsp_rows_out,
         "vllm:fastkv_score_seconds": worker.score_us,
+        "vllm:fastkv_select_seconds": worker.select_us,
         "vllm:fastkv_compact_seconds": worker.compact_us,
         STASH_BYTES: worker.stash_bytes,
-        **{f"{LEFT_ALONE}/{reason}": count for reason, count in figures.left_alone.items()},
     }
 
 
@@ -51,27 +61,28 @@ class FastKVStatLogger(AggregateStatLoggerBase):
     """`vllm.stat_logger_plugins`: exposes the figures on `/metrics`; does nothing on a server without compression."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Iterable[int] = (0,)) -> None:
-        self._enabled = "fastkv" in vllm_config.additional_config
+        self._config = vllm_config.additional_config.get("fastkv")
         self._model_name = vllm_config.model_config.served_model_name
         self._engines = list(engine_indexes)
         self._counters: dict[str, Counter] = {}
 
     def log_engine_initialized(self) -> None:
         # Not earlier: vLLM's own Prometheus logger clears all `vllm:` metrics when it is made, after us.
-        if not self._enabled:
+        if self._config is None:
             return
-        labels = ["model_name", "engine"]
-        self._counters = {name: Counter(name, text, labels) for name, text in COUNTERS.items()}
-        self._left_alone = Counter(LEFT_ALONE, "Prompts not compressed, by reason.", [*labels, "reason"])
+        self._counters = {name: Counter(name, text, [*_LABELS, *own]) for name, (own, text) in COUNTERS.items()}
         self._stash = Gauge(
             STASH_BYTES,
             "Bytes of rows that wait for their prompt's last chunk.",
-            labels,
+            _LABELS,
             multiprocess_mode="mostrecent",
         )
+        # What is known to come is there from the start, at 0: the server's own method, and all without a label.
+        first = {(): (), ("method",): (self._config["method"],)}
         for engine in self._engines:
-            for counter in self._counters.values():
-                counter.labels(self._model_name, str(engine))
+            for name, (own, _) in COUNTERS.items():
+                if own in first:
+                    self._counters[name].labels(self._model_name, str(engine), *first[own])
             self._stash.labels(self._model_name, str(engine)).set(0)
 
     def record(
@@ -81,14 +92,12 @@ class FastKVStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        if not self._enabled or scheduler_stats is None:
+        if self._config is None or scheduler_stats is None:
             return
-        for name, value in scheduler_stats.running_lora_adapters.items():
+        labels = self._model_name, str(engine_idx)
+        for key, value in scheduler_stats.running_lora_adapters.items():
+            name, *own = key.split("/", 1)
             if name == STASH_BYTES:
-                self._stash.labels(self._model_name, str(engine_idx)).set(value)
-            elif value and name.startswith(LEFT_ALONE):
-                reason = name.partition("/")[2]
-                self._left_alone.labels(self._model_name, str(engine_idx), reason).inc(value)
+                self._stash.labels(*labels).set(value)
             elif value:
-                seconds = value / 1e6 if name in _MICROSECONDS else value
-                self._counters[name].labels(self._model_name, str(engine_idx)).inc(seconds)
+                self._counters[name].labels(*labels, *own).inc(value / 1e6 if name.endswith("_seconds") else value)

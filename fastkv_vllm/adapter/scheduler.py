@@ -16,7 +16,7 @@ from fastkv_vllm.adapter.choice import NONE, Choice
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
 from fastkv_vllm.adapter.request import context_tokens, tokens_after_image
-from fastkv_vllm.adapter.step import CompressionStats, Orders, attach_orders, orders_of, stats_of
+from fastkv_vllm.adapter.step import CompressionStats, Orders, PromptStats, attach_orders, orders_of, stats_of
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
 from fastkv_vllm.config import CompressionConfig
@@ -103,7 +103,7 @@ class _CompressionMixin(Scheduler):
         if stats is not None:
             self.totals.add_worker(stats)
             self._unreported.add_worker(stats)
-            self._settle(orders_of(scheduler_output).plan, stats.surplus)
+            self._settle(orders_of(scheduler_output), stats.surplus)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.has_unfinished_requests():
             self._check_idle()
@@ -144,38 +144,39 @@ class _CompressionMixin(Scheduler):
         num_after_image = tokens_after_image(request.mm_features, num_tokens)
         return config.plan(num_tokens, self.manager.block_size, num_after_image)
 
-    def _settle(self, plan: StepPlan, surplus: Mapping[str, int]) -> None:
+    def _settle(self, orders: Orders, surplus: Mapping[str, int]) -> None:
         """Give back what the prompts that ended in a step did not need of their budget, now that its worker knows."""
-        for rid, destination in plan.destinations.items():
+        for rid, destination in orders.plan.destinations.items():
             num_blocks = self.manager.settle(rid, destination, surplus.get(rid, 0))
-            prompt = plan.prefills[rid]
+            plan = orders.plan.prefills[rid]
+            kept = plan.num_kept - num_blocks * plan.block_size
             if rid in self._reports:  # else it has ended meanwhile
-                self._reports[rid]["prompt_tokens_kept"] = prompt.num_kept - num_blocks * prompt.block_size
-            for stats in (self.totals, self._unreported):
-                stats.prompt_tokens_kept += prompt.num_kept - num_blocks * prompt.block_size
-                stats.blocks_freed += num_blocks
+                self._reports[rid]["prompt_tokens_kept"] = kept
+            self._count_prompts(orders.configs[rid], PromptStats(prompt_tokens_kept=kept, blocks_freed=num_blocks))
             if num_blocks:
                 logger.debug("request %s: %d more blocks freed by the halting rule", rid, num_blocks)
 
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
+        config = self._config(self.requests[request_id])
         self._reports[request_id] = {
-            "method": self._config(self.requests[request_id]).method,
+            "method": config.method,
             "prompt_tokens_seen": plan.num_tokens,
             "prompt_tokens_kept": plan.num_kept,
         }
-        for stats in (self.totals, self._unreported):
-            stats.requests_compressed += 1
-            stats.prompt_tokens_seen += plan.num_tokens
-            stats.blocks_freed += plan.num_freed_blocks
+        self._count_prompts(config, PromptStats(1, plan.num_tokens, blocks_freed=plan.num_freed_blocks))
         logger.debug(
             "%s: request %s compressed from %d to %d entries per head, rows after layers: %s, %d blocks freed",
-            self._config(self.requests[request_id]).method,
+            config.method,
             request_id,
             plan.num_tokens,
             plan.num_kept,
             dict(plan.cuts),
             plan.num_freed_blocks,
         )
+
+    def _count_prompts(self, config: CompressionConfig, prompts: PromptStats) -> None:
+        for stats in (self.totals, self._unreported):
+            stats.add_prompts(config.method, prompts)
 
     def _count_left_alone(self, request: Request, num_scheduled: int) -> None:
         before, prompt = request.num_computed_tokens, request.num_prompt_tokens

@@ -19,28 +19,45 @@ class WorkerStats:
     """What a worker did in one step; the scheduler adds it to its totals.
 
     Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
-    microseconds spent scoring and selecting, microseconds spent moving entries; request whose prompt ended ->
-    leading blocks of its destination that its pages did not need.
+    microseconds spent scoring entries, selecting those that stay (and the rows that go on), and moving them; request
+    whose prompt ended -> leading blocks of its destination that its pages did not need.
     """
 
     tsp_rows_in: int = 0
     tsp_rows_out: int = 0
     stash_bytes: int = 0
     score_us: int = 0
+    select_us: int = 0
     compact_us: int = 0
     surplus: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
-class CompressionStats:
-    """Figures since the last report, from the scheduler to the front end; `stash_bytes` is the current value."""
+class PromptStats:
+    """Compressed prompts, their tokens, entries kept of them per layer and KV head, blocks they gave back."""
 
     requests_compressed: int = 0
     prompt_tokens_seen: int = 0
     prompt_tokens_kept: int = 0
     blocks_freed: int = 0
+
+
+@dataclass
+class CompressionStats(PromptStats):
+    """Figures since the last report, from the scheduler to the front end.
+
+    Fields: what inherits is of all methods together; the same of each method; prompts left alone by reason; what the
+    worker did, of which `stash_bytes` is the current value.
+    """
+
+    by_method: dict[str, PromptStats] = field(default_factory=dict)
     left_alone: dict[str, int] = field(default_factory=dict)
     worker: WorkerStats = field(default_factory=WorkerStats)
+
+    def add_prompts(self, method: str, prompts: PromptStats) -> None:
+        for stats in (self, self.by_method.setdefault(method, PromptStats())):
+            for item in fields(PromptStats):
+                setattr(stats, item.name, getattr(stats, item.name) + getattr(prompts, item.name))
 
     def add_worker(self, stats: WorkerStats) -> None:
         for item in fields(WorkerStats):

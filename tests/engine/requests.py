@@ -1,6 +1,7 @@
 """Requests with methods and settings of their own, served together."""
 
 import json
+from collections import Counter
 
 from fastkv_vllm.config import CompressionConfig
 from tests.engine.harness import sampling
@@ -28,7 +29,7 @@ def answer(engine, names=tuple(REQUESTS), max_tokens=24, shift=0):
         (prompt,) = make_prompts([LENGTHS[(i + shift) % len(LENGTHS)]], seed=i)
         extra = {"kv_compression": method} | ({"kv_compression_config": json.dumps(settings)} if settings else {})
         asked.append((clear(engine.checkpoint, config, prompt, max_tokens), config, extra))
-    before = engine.totals.requests_compressed, dict(engine.totals.left_alone), engine.totals.blocks_freed
+    before = counts(engine.totals)
     outputs = engine.llm.generate(
         [{"prompt_token_ids": list(prompt)} for prompt, _, _ in asked],
         [sampling(max_tokens, extra_args=extra) for _, _, extra in asked],
@@ -39,17 +40,33 @@ def answer(engine, names=tuple(REQUESTS), max_tokens=24, shift=0):
     engine.require_idle()
     asked = [(prompt, config) for prompt, config, _ in asked]
     if not engine.preemptions:  # a prompt compressed again counts again
-        require_counts(engine, before, asked, max_tokens)
+        assert counts(engine.totals) - before == expected_counts(engine, asked, max_tokens)
     return asked
 
 
-def require_counts(engine, before, asked, max_tokens):
-    """What the totals have grown by: the requests to compress, those not, and the blocks their references free."""
-    compressed = [(prompt, config) for prompt, config in asked if config is not None]
-    assert engine.totals.requests_compressed - before[0] == len(compressed)
-    assert engine.totals.left_alone.get("requested", 0) - before[1].get("requested", 0) == len(asked) - len(compressed)
-    freed = [
-        freed_blocks(plan_of(config, len(prompt)), reference(engine.checkpoint, config, prompt, max_tokens))
-        for prompt, config in compressed
-    ]
-    assert engine.totals.blocks_freed - before[2] == sum(freed)
+def counts(totals):
+    """What was compressed by each method, and requests that wanted no compression."""
+    found = Counter(requested=totals.left_alone.get("requested", 0))
+    for method, prompts in totals.by_method.items():
+        found.update({(method, name): count for name, count in vars(prompts).items()})
+    return found
+
+
+def expected_counts(engine, asked, max_tokens):
+    """The counts of these requests, each compressed once, by what their references keep."""
+    expected = Counter()
+    for prompt, config in asked:
+        if config is None:
+            expected["requested"] += 1
+            continue
+        plan = plan_of(config, len(prompt))
+        freed = freed_blocks(plan, reference(engine.checkpoint, config, prompt, max_tokens))
+        kept = (plan.num_whole_blocks - freed) * plan.block_size + plan.num_tail
+        figures = {
+            "requests_compressed": 1,
+            "prompt_tokens_seen": len(prompt),
+            "prompt_tokens_kept": kept,
+            "blocks_freed": freed,
+        }
+        expected.update({(config.method, name): count for name, count in figures.items()})
+    return expected
