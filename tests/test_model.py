@@ -297,7 +297,7 @@ def report_of_speed() -> dict[str, Any]:
         "model": {**sizes, "intermediate_size": 128, "vocab_size": 32},
         "block_size": 32,
         "scenarios": {
-            "ttft-8192": case(1, 8192, 4, {"first_token_cpu_s": 1.0, "score_share": 0.0, "compact_share": 0.0}),
+            "ttft-8192": case(1, 8192, 4, {"first_token_cpu_s": 1.0, "choice_share": 0.0, "compact_share": 0.0}),
             "decode": case(4, 8192, 48, {"step_ms": 8.0}),
         },
     }

@@ -74,6 +74,28 @@ def test_tables_come_from_the_json_alone():
     assert "differ by up to 20.0%" in table
 
 
+def test_scoring_and_selecting_are_told_apart_where_they_were_measured():
+    raw = {"first_token_wall_s": 2.0, "score_s": 0.2, "select_s": 0.1, "compact_s": 0.5}
+    shares = ("choice_share", "score_share", "select_share", "compact_share")
+    new = summarise(shares, LOAD, (SNAPKV,), {"snapkv": [raw]})
+    figures = new["snapkv"]["figures"]
+    old = {"snapkv": {"figures": {name: figures[name] for name in ("choice_share", "compact_share")}}}
+    cases = {"ttft-2048": {"label": "old", "setups": old}, "ttft-4096": {"label": "new", "setups": new}}
+
+    def cells(*names):
+        ((_, table),) = tables(report_of(**{name: cases[name] | {"load": LOAD} for name in names}))
+        return [[cell.strip() for cell in line.split("|")[3:-1]] for line in table.splitlines() if "---" not in line]
+
+    both = ["scoring and selecting", "moving"]
+    assert cells("ttft-2048") == [both, ["15.00%", "25.00%"]]
+    apart = ["scoring and selecting", "scoring", "selecting", "moving"]
+    assert cells("ttft-2048", "ttft-4096") == [
+        apart,
+        ["15.00%", "", "", "25.00%"],
+        ["15.00%", "10.00%", "5.00%", "25.00%"],
+    ]
+
+
 def test_decode_stands_in_the_table_of_tpot():
     entry = decode_entry(**STEPS)
     smaller = entry | {"label": "4 x 2048", "load": LOAD | {"prompt_tokens": 2048}}
@@ -193,4 +215,5 @@ def test_the_smallest_real_processes(tmp_path):
     whole = load.prompt_tokens // BLOCK_SIZE
     assert (plain["peak_blocks"], plain["blocks_after"]) == (whole, whole)
     assert (fastkv["peak_blocks"], fastkv["blocks_after"]) == (whole, plan.num_pages + (plan.num_tail > 0))
-    assert fastkv["score_s"] > 0 and plain["score_s"] == 0
+    shares = ("score_s", "select_s", "compact_s")
+    assert min(fastkv[share] for share in shares) > 0 == max(plain[share] for share in shares)

@@ -124,7 +124,7 @@ def _compare_ttft(shape: ModelShape, device: Device, case: _Case, block_size: in
 def _compare_shares(what: str, ours: Prediction, case: _Case, setup: str) -> list[Comparison]:
     return [
         Comparison(f"{name} % of TTFT, {what}", 100 * ours.prefill_s[name] / ours.ttft_s, 100 * share)
-        for name, key in (("scoring", "score_share"), ("moving", "compact_share"))
+        for name, key in (("scoring", "choice_share"), ("moving", "compact_share"))
         if name in ours.prefill_s and (share := case.value(setup, key))
     ]
 

@@ -1,6 +1,7 @@
 """One load on one engine in this process. Started by `benchmarks.speed` through `benchmarks.child`."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Outcome:
         decode_cpu_s: CPU seconds in steps without prompt tokens.
         decode_tokens: tokens made in those steps.
         step_ms: median CPU milliseconds of the steps that decode all requests at once; None: there was none.
-        score_s, compact_s: wall seconds the worker spent scoring and selecting entries, and moving them.
+        score_s, select_s, compact_s: wall seconds the worker spent scoring, selecting and moving entries.
         peak_blocks: most blocks held at a time until the first token, looked at after each allocation.
         blocks_before, blocks_after: blocks held before and after the engine step that makes the first token.
         peak_running: most requests in one step.
@@ -44,6 +45,7 @@ class Outcome:
     decode_tokens: int
     step_ms: float | None
     score_s: float
+    select_s: float
     compact_s: float
     peak_blocks: int
     blocks_before: int
@@ -88,7 +90,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     after = _worker_s(llm, setup)
     num_preemptions = warm_up.num_preemptions + followed.num_preemptions
     require_done(setup, _counters(llm), num_prompts=len(prompts) + 1, num_preemptions=num_preemptions)
-    outcome = _outcome(llm, followed, examples, (after[0] - before[0], after[1] - before[1]))
+    worker_s = [end - start for start, end in zip(before, after, strict=True)]
+    outcome = _outcome(llm, followed, examples, worker_s)
     _require_rules(setup, outcome, followed)
     return asdict(outcome)
 
@@ -133,17 +136,18 @@ def _counters(llm: LLM) -> Counters | None:
     return Counters(totals.requests_compressed, left_alone, totals.worker.tsp_rows_in, totals.worker.tsp_rows_out)
 
 
-def _worker_s(llm: LLM, setup: Setup) -> tuple[float, float]:
-    """Seconds of scoring and selecting, and of moving entries, since the start."""
+def _worker_s(llm: LLM, setup: Setup) -> tuple[float, float, float]:
+    """Seconds of scoring, selecting and moving entries, since the start."""
     if setup.method is None:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     worker = _scheduler(llm).totals.worker
-    return worker.score_us / 1e6, worker.compact_us / 1e6
+    return worker.score_us / 1e6, worker.select_us / 1e6, worker.compact_us / 1e6
 
 
-def _outcome(llm: LLM, followed: Followed, examples: list[Example], worker_s: tuple[float, float]) -> Outcome:
+def _outcome(llm: LLM, followed: Followed, examples: list[Example], worker_s: Sequence[float]) -> Outcome:
     assert followed.first_token is not None, "a run makes at least one token"
     cpu_s, wall_s, blocks_before, blocks_after = followed.first_token
+    score_s, select_s, compact_s = worker_s
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     backend = runner.attn_groups[0][0].backend
@@ -155,8 +159,9 @@ def _outcome(llm: LLM, followed: Followed, examples: list[Example], worker_s: tu
         decode_cpu_s=sum(seconds for _, seconds in followed.decodes),
         decode_tokens=sum(count for count, _ in followed.decodes),
         step_ms=followed.step_ms,
-        score_s=worker_s[0],
-        compact_s=worker_s[1],
+        score_s=score_s,
+        select_s=select_s,
+        compact_s=compact_s,
         peak_blocks=followed.peak_blocks,
         blocks_before=blocks_before,
         blocks_after=blocks_after,

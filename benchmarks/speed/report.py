@@ -64,6 +64,9 @@ _ORDER = ("num_requests", "prompt_tokens", "step_tokens", "concurrency")
 
 
 def _table(columns: tuple[str, ...], cases: list[Report]) -> str:
+    """Rows of the cases; a column that none of them has is left out: an earlier version did not measure it."""
+    known = {name for entry in cases for setup in entry["setups"].values() for name in setup.get("figures", ())}
+    columns = tuple(column for column in columns if column.removesuffix(" ratio") in known)
     headings = [FIGURES[column].heading if column in FIGURES else _ratio_heading(column) for column in columns]
     rows, previous = [], None
     for entry in cases:

@@ -149,7 +149,8 @@ def _shape_of(load: Load) -> str:
     return f"{load.num_requests} x {load.prompt_tokens}"
 
 
-_PREFILL = ("first_token_cpu_s", "first_token_wall_s", "score_share", "compact_share", "peak_blocks")
+_SHARES = ("choice_share", "score_share", "select_share", "compact_share")
+_PREFILL = ("first_token_cpu_s", "first_token_wall_s", *_SHARES, "peak_blocks")
 _PREFILL_COLUMNS = ("first_token_cpu_s", "first_token_cpu_s ratio", *_PREFILL[2:], "blocks_before", "blocks_after")
 _LATENCIES = tuple(f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl") for kind in ("mean", "median", "p99"))
 
@@ -196,7 +197,7 @@ SCENARIOS = {
         "Each method: first token, blocks that stay, decode step",
         _methods,
         (*_PREFILL, "blocks_after", "step_ms"),
-        ("first_token_cpu_s ratio", "score_share", "compact_share", "blocks_after", "step_ms ratio"),
+        ("first_token_cpu_s ratio", *_SHARES, "blocks_after", "step_ms ratio"),
         measure_engine,
     ),
     "tpot": Scenario(
@@ -210,8 +211,8 @@ SCENARIOS = {
     "ragged": Scenario(
         "Budgets by layer and head: what it costs to read head by head, and to score and move",
         _ragged,
-        ("step_ms", "score_share", "compact_share", "blocks_after"),
-        ("step_ms", "step_ms ratio", "score_share", "compact_share", "blocks_after"),
+        ("step_ms", *_SHARES, "blocks_after"),
+        ("step_ms", "step_ms ratio", *_SHARES, "blocks_after"),
         measure_engine,
     ),
     "load": Scenario(

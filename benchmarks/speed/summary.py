@@ -32,9 +32,9 @@ def _field(name: str) -> Callable[[Raw, Raw], Value]:
     return lambda raw, load: raw[name]
 
 
-def _share(name: str) -> Callable[[Raw, Raw], Value]:
+def _share(*names: str) -> Callable[[Raw, Raw], Value]:
     """Part of the wall time to the first token."""
-    return lambda raw, load: raw[name] / raw["first_token_wall_s"]
+    return lambda raw, load: sum(raw[name] for name in names) / raw["first_token_wall_s"]
 
 
 def _tokens_per_s(raw: Raw, load: Raw) -> Value:
@@ -59,7 +59,10 @@ def _of_latency(name: str) -> dict[str, Figure]:
 FIGURES = {
     "first_token_cpu_s": Figure("CPU s", _field("first_token_cpu_s"), "lower"),
     "first_token_wall_s": Figure("wall s", _field("first_token_wall_s"), "lower"),
-    "score_share": Figure("scoring and selecting", _share("score_s"), form="{:.2%}".format),
+    # Both together: cases measured before the worker told them apart have no other.
+    "choice_share": Figure("scoring and selecting", _share("score_s", "select_s"), form="{:.2%}".format),
+    "score_share": Figure("scoring", _share("score_s"), form="{:.2%}".format),
+    "select_share": Figure("selecting", _share("select_s"), form="{:.2%}".format),
     "compact_share": Figure("moving", _share("compact_s"), form="{:.2%}".format),
     "peak_blocks": Figure("blocks, peak", _field("peak_blocks"), form="{:.0f}".format),
     "blocks_before": Figure("blocks before the last chunk", _field("blocks_before"), form="{:.0f}".format),
