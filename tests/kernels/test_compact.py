@@ -242,7 +242,14 @@ def call(dtype: torch.dtype, num_parts: int, block_size: int, width: int) -> Non
     compact(cache, sources, pages, starts=torch.arange(num_sequences + 1) * count, impl="triton")
 
 
+def call_of_one() -> None:
+    """Triton makes constants of sizes and strides that are 1."""
+    one = torch.zeros(1, dtype=torch.int64)
+    compact(torch.zeros(1, 1, 1, 1), one.view(1, 1), one, starts=torch.tensor([0, 1]), impl="triton")
+
+
 CALLS = {
+    "one": call_of_one,
     "bf16": lambda: call(torch.bfloat16, 1, 16, 256),
     "fp8": lambda: call(torch.float8_e4m3fn, 1, 32, 128),
     "fp8-halves-D80": lambda: call(torch.float8_e4m3fn, 2, 16, 80),

@@ -147,4 +147,10 @@ def call() -> None:
     )
 
 
-CALLS = {"decode": call}
+def call_of_one() -> None:
+    """Triton makes constants of sizes and strides that are 1."""
+    inputs = arguments([(1, 17)], num_layers=1, num_heads=1, block_size=16, max_blocks=2)
+    page_tables(**inputs, out=buffers(inputs, 0), impl="triton")
+
+
+CALLS = {"decode": call, "one": call_of_one}

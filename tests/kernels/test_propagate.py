@@ -130,4 +130,11 @@ def call(dtype: torch.dtype) -> None:
     scatter_rows(chosen, torch.arange(1638), 8192, impl="triton")
 
 
-CALLS = {str(dtype): lambda dtype=dtype: call(dtype) for dtype in DTYPES}
+def call_of_one() -> None:
+    """Triton makes constants of sizes and strides that are 1."""
+    one = torch.zeros(1, 1)
+    first = torch.zeros(1, dtype=torch.int64)
+    scatter_rows(gather_stream(one, one, one, first, impl="triton"), first, 1, impl="triton")
+
+
+CALLS = {"one": call_of_one, **{str(dtype): lambda dtype=dtype: call(dtype) for dtype in DTYPES}}
