@@ -9,6 +9,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from fastkv_vllm.adapter.step import CompressionStats
+from fastkv_vllm.cache import LeftAlone
 
 LEFT_ALONE = "vllm:fastkv_requests_left_alone"
 STASH_BYTES = "vllm:fastkv_stash_bytes"
@@ -77,12 +78,16 @@ class FastKVStatLogger(AggregateStatLoggerBase):
             _LABELS,
             multiprocess_mode="mostrecent",
         )
-        # What is known to come is there from the start, at 0: the server's own method, and all without a label.
-        first = {(): (), ("method",): (self._config["method"],)}
+        # What is known to come is there from the start, at 0: the server's own method, and each reason.
+        first: dict[tuple[str, ...], list[tuple[str, ...]]] = {
+            (): [()],
+            ("method",): [(self._config["method"],)],
+            ("reason",): [(reason.value,) for reason in LeftAlone],
+        }
         for engine in self._engines:
             for name, (own, _) in COUNTERS.items():
-                if own in first:
-                    self._counters[name].labels(self._model_name, str(engine), *first[own])
+                for values in first[own]:
+                    self._counters[name].labels(self._model_name, str(engine), *values)
             self._stash.labels(self._model_name, str(engine)).set(0)
 
     def record(

@@ -9,6 +9,7 @@ from benchmarks.server import sample_value
 from benchmarks.tiny_model.language import make_example
 from fastkv_vllm.adapter.metrics import COUNTERS, LEFT_ALONE, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
+from tests.deploy.conftest import metrics_of, queries
 from tests.server.conftest import MODEL, SETTINGS, client_of
 
 LONG = [make_example("niah", 1024, seed) for seed in range(4)]
@@ -61,8 +62,14 @@ def test_the_metrics_are_there_with_their_labels(compressing_server):
     for name, (own, _) in COUNTERS.items():
         found = [sample.labels for sample in samples.get(f"{name}_total", ())]
         assert all(set(names) == {*labels, *own} for names in found), name
-        if own != ("reason",):
-            assert labels | dict.fromkeys(own, "fastkv") in found, f"{name} is not there before its first event"
+        for first in ("short", "requested") if own == ("reason",) else ("fastkv",):
+            assert labels | dict.fromkeys(own, first) in found, f"{name} is not there before its first event"
+
+
+@pytest.mark.parametrize("place", queries())
+def test_what_dashboard_and_alerts_ask_for_is_there(compressing_server, place):
+    samples = compressing_server.metrics()
+    assert metrics_of(queries()[place]) <= set(samples), place
 
 
 def test_the_log_has_the_start_up_table(compressing_server):
