@@ -8,6 +8,7 @@ An op with a kernel is `fastkv_vllm/kernels/<op>/triton.py` and `tests/kernels/t
 - `run(function, *args, **kwargs)` (a fixture) calls the public function where kernels run, with impl="triton": in
   Triton's interpreter, whose process alone has TRITON_INTERPRET, and once more on a GPU where there is one. Tensors
   keep their strides, what the op writes in place is seen, memory of `torch.empty` is NaN (integers: their maximum).
+- `form` is `run` and the reference.
 - Launches say `enable_fp_fusion=True`: Triton 3.10 changes the default.
 - `compare.assert_same` for ops that move or select, `compare.assert_accurate` for ops that compute.
 - `CALLS` in the test module: name -> function without arguments that calls the public function with impl="triton" as

@@ -31,5 +31,23 @@ class Interpreter:
 def _prepare() -> None:
     assert "triton" not in sys.modules, "the variable comes first"
     os.environ["TRITON_INTERPRET"] = "1"
+    _multiply_bfloat16()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # this is what fills the memory of torch.empty
+
+
+def _multiply_bfloat16() -> None:
+    """Products of bfloat16 in float32, which holds each of its numbers: Triton 3.9 interprets them as integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *args: Any) -> TensorHandle:
+        return original(self, widened(a), widened(b), *args)
+
+    original = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = create_dot

@@ -3,9 +3,20 @@
 import torch
 
 from fastkv_vllm.kernels.column_sums.reference import column_sums_reference
+from fastkv_vllm.kernels.implementations import choose
+
+_NEGLIGIBLE = 1e-8
 
 
-def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, weights: torch.Tensor) -> torch.Tensor:
+def column_sums(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    start: int,
+    weights: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """Add up the attention each key gets from the queries of one chunk, each counting as much as its weight.
 
     s[h, j] = sum over the group and over rows i of weights[i] * p[i, j], where p[i] is the causal softmax of q_i . k
@@ -19,12 +30,15 @@ def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, weight
         keys: roped keys of all positions up to the last query, in order, [H, start + n, D], Hq a multiple of H.
         start: position of the first query, tokens.
         weights: of the queries, [n] float32, at least 0; see `age_weights`.
+        lse: log-sum-exp of each query's logits over the keys it sees, [n, Hq] float32, from attention; computed here
+            if None.
+        impl: see `implementations.choose`.
 
     Returns:
         Sums [H, N], N = start + n, float32.
 
     Raises:
-        ValueError: shapes or start do not fit.
+        ValueError: shapes, start or implementation do not fit.
 
     Source: H2O (arXiv 2306.14048) with equal weights, A2SF (arXiv 2407.20485) with weights by age, PyramidInfer (arXiv
     2405.12532) with weights that rise over the last rows, scoring; per KV head.
@@ -44,7 +58,18 @@ def column_sums(queries: torch.Tensor, keys: torch.Tensor, *, start: int, weight
         )
     if weights.shape != queries.shape[:1] or weights.dtype != torch.float32:
         raise ValueError(f"weights must be [{queries.shape[0]}] float32; got {list(weights.shape)} {weights.dtype}")
-    return column_sums_reference(queries, keys, start, weights)
+    if lse is not None and (lse.shape != queries.shape[:2] or lse.dtype != torch.float32):
+        raise ValueError(f"lse must be {list(queries.shape[:2])} float32; got {list(lse.shape)} {lse.dtype}")
+    form = choose(impl, keys.device)
+    if not len(weights):
+        return keys.new_zeros(keys.shape[:2], dtype=torch.float32)
+    heavy = weights >= _NEGLIGIBLE
+    first = heavy.int().argmax().where(heavy.any(), len(weights))  # stays on the device
+    if form == "reference":
+        return column_sums_reference(queries, keys, start, weights, int(first), lse)
+    from fastkv_vllm.kernels.column_sums.triton import column_sums_triton
+
+    return column_sums_triton(queries, keys, start, weights, first, lse)
 
 
 def age_weights(num_queries: int, decay: float, device: torch.device) -> torch.Tensor:
