@@ -34,6 +34,14 @@ def run(request: pytest.FixtureRequest) -> Run:
     return runner(request, "triton", request.param)
 
 
+@pytest.fixture(params=["reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def form(request: pytest.FixtureRequest) -> Run:
+    """`run`, and once with impl="reference" in this process."""
+    if request.param == "reference":
+        return lambda function, *args, **kwargs: function(*args, impl="reference", **kwargs)
+    return runner(request, "triton", request.param)
+
+
 PLACES = [
     ("triton", "interpreter"),
     ("cuda", "cpu"),

@@ -21,7 +21,7 @@ _SPLITS = 32  # of a request's keys; fixed, so that the order of summation depen
 _COLUMNS = {2: 128, 4: 32}
 # Element size, bytes -> padded head_dim -> keys of a tile, warps, pipeline stages.
 _SETTINGS = {
-    2: {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
+    2: {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)},
     4: {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 2), 128: (32, 8, 2), 256: (16, 8, 1)},
 }
 _POOL_BLOCK = 128
