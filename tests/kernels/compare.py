@@ -28,19 +28,19 @@ def assert_accurate(found: Tensor, exact: Tensor, plain: Sequence[Tensor]) -> No
     """Error at most twice that of plain torch and one rounding step of the largest output; infinities the same.
 
     Args:
-        found: the kernel's result, any shape, float32.
+        found: the kernel's result, any shape, any float dtype.
         exact: the same, computed in float64.
-        plain: the same, computed by plain torch in float32, in several orders of summation: one alone may be lucky,
+        plain: the same, computed by plain torch in that dtype, in several orders of summation: one alone may be lucky,
             most of all with one query. Its error is the worst of them.
     """
-    assert (found.dtype, found.shape) == (torch.float32, exact.shape), f"{found.dtype} {list(found.shape)}"
-    assert exact.dtype == torch.float64 and all(p.dtype == torch.float32 for p in plain)
+    assert found.shape == exact.shape, f"{list(found.shape)}, expected {list(exact.shape)}"
+    assert exact.dtype == torch.float64 and all(p.dtype == found.dtype for p in plain)
     finite = exact.isfinite()
     assert_same(found[~finite].double(), exact[~finite])
     if not finite.any():
         return
     plain_error = torch.stack([(p.double() - exact)[finite].abs().max() for p in plain]).max()
-    bound = 2 * (plain_error + torch.finfo(torch.float32).eps * exact[finite].abs().max())
+    bound = 2 * (plain_error + torch.finfo(found.dtype).eps * exact[finite].abs().max())
     errors = (found.double() - exact).abs().where(finite, 0.0)
     worst = [int(i) for i in torch.unravel_index(errors.nan_to_num(nan=torch.inf).argmax(), errors.shape)]
     error = errors[tuple(worst)]

@@ -17,6 +17,9 @@ EXPECTED = {
     "histogram_kernel": {"LDG.E.128", "ATOMS.POPC.INC.32"},
     "count_kernel": {"LDG.E.128"},
     "scatter_kernel": {"LDG.E.128", "STG.E.64"},
+    "measure_kernel": {"LDG.E.128"},
+    "merge_kernel": {"LDG.E.128", "STG.E.128"},
+    "restore_kernel": {"LDG.E.128", "STG.E.128"},
 }
 
 
