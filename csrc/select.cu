@@ -20,7 +20,6 @@ constexpr int VECTORS = 4;  // loads of a thread in flight
 constexpr int STRIPE = THREADS * VECTOR;
 constexpr int TILE = STRIPE * VECTORS;
 constexpr int WARPS = THREADS / LANES;
-constexpr int64_t BLOCKS_WANTED = 1024;  // about eight for each multiprocessor of a large GPU
 
 __host__ __device__ constexpr int width_of(int pass) { return pass < 2 ? 11 : 10; }
 __host__ __device__ constexpr int shift_of(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
@@ -252,33 +251,26 @@ __global__ void __launch_bounds__(THREADS) scatter_kernel(Rows rows, const int32
     }
 }
 
-// Tiles of a segment, so that there are blocks enough and no more segments than tiles.
-int64_t tiles_per_segment(int64_t num_rows, int64_t num_columns) {
-    const int64_t num_tiles = (num_columns + TILE - 1) / TILE;
-    const int64_t segments_wanted = (BLOCKS_WANTED + num_rows - 1) / num_rows;
-    return num_tiles < segments_wanted ? 1 : (num_tiles + segments_wanted - 1) / segments_wanted;
-}
-
-int64_t num_segments(int64_t num_rows, int64_t num_columns) {
-    const int64_t size = tiles_per_segment(num_rows, num_columns) * TILE;
-    return (num_columns + size - 1) / size;
+int64_t num_segments(int64_t num_columns, int64_t segment_size) {
+    return (num_columns + segment_size - 1) / segment_size;
 }
 
 int64_t histogram_bytes(int64_t num_rows) { return PASSES * num_rows * BINS * static_cast<int64_t>(sizeof(int32_t)); }
 
 }  // namespace
 
-// Bytes of scratch memory that fastkv_select needs; num_rows at least 1.
-extern "C" int64_t fastkv_select_scratch(int64_t num_rows, int64_t num_columns) {
-    return histogram_bytes(num_rows) + 2 * num_rows * num_segments(num_rows, num_columns) * static_cast<int64_t>(sizeof(uint32_t));
+// Bytes of scratch memory that fastkv_select needs.
+extern "C" int64_t fastkv_select_scratch(int64_t num_rows, int64_t num_columns, int64_t segment_size) {
+    return histogram_bytes(num_rows) + 2 * num_rows * num_segments(num_columns, segment_size) * static_cast<int64_t>(sizeof(uint32_t));
 }
 
-// Pointers are to device memory, see Rows; num_rows at least 1, num_columns below 2^31, 16-byte aligned scratch.
+// Pointers are to device memory, see Rows; num_columns below 2^31, segment_size whole tiles, scratch 16-byte aligned.
 extern "C" int fastkv_select(const float* scores, int64_t stride, const int64_t* num_kept, const int64_t* lengths,
-                             const int64_t* starts, int64_t num_rows, int64_t num_columns, void* scratch,
-                             int64_t* columns, cudaStream_t stream) {
-    const Rows rows = {scores,   stride, num_kept, lengths, starts, num_rows, num_segments(num_rows, num_columns),
-                       tiles_per_segment(num_rows, num_columns) * TILE};
+                             const int64_t* starts, int64_t num_rows, int64_t num_columns, int64_t segment_size,
+                             void* scratch, int64_t* columns, cudaStream_t stream) {
+    if (segment_size <= 0 || segment_size % TILE) return cudaErrorInvalidValue;
+    const Rows rows = {scores, stride,   num_kept, lengths,
+                       starts, num_rows, num_segments(num_columns, segment_size), segment_size};
     const int64_t blocks = num_rows * rows.num_segments;
     int32_t* histograms = static_cast<int32_t*>(scratch);
     uint32_t* tallies = reinterpret_cast<uint32_t*>(histograms + PASSES * num_rows * BINS);

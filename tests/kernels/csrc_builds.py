@@ -25,6 +25,7 @@ def build_for_cpu(folder: Path) -> Path:
     """The library with kernels that run on the CPU; see cuda_on_cpu/cuda_runtime.h."""
     library = folder / "libfastkv_kernels_on_cpu.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     shim = Path(__file__).parent / "cuda_on_cpu"
     subprocess.run(["g++", *flags, "-I", str(shim), "-x", "c++", *map(str, SOURCES), "-o", str(library)], check=True)
     return library

@@ -2,6 +2,7 @@
 
 import ctypes
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_missing_library_is_one_clear_error(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match=r"libfastkv_kernels\.so, which is not built: run `make csrc`"),
     ):
         select(torch.zeros(1, 9), 2, impl="cuda")
+
+
+def test_bad_sizes_are_refused(csrc_on_cpu: Path) -> None:
+    with (
+        mock.patch("fastkv_vllm.kernels.select.cuda.segment_size", lambda num_rows, num_columns: 5),
+        pytest.raises(RuntimeError, match="fastkv_select failed on cpu: invalid argument"),
+    ):
+        on_cpu(csrc_on_cpu, select, torch.zeros(1, 9), 2)
 
 
 def test_failed_launch_raises(csrc_on_cpu: Path) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastkv_vllm.kernels.select import select, select_ragged
+from fastkv_vllm.kernels.select import segments, select, select_ragged
 from tests.kernels.compare import assert_same
 
 INF, NAN = float("inf"), float("nan")
@@ -94,11 +95,26 @@ def test_strided_scores(run_each: Run, view: Callable[[Tensor], Tensor]) -> None
     assert_same(scores, before)
 
 
-def test_many_segments_of_a_row(run_each: Run) -> None:
-    """Ties are counted over segments: a million columns are more than a block takes."""
-    scores = torch.zeros(1, 9 * 4096 + 5)
+def select_with(blocks_wanted: int, scores: Tensor, num_kept: int, *, impl: str) -> Tensor:
+    with mock.patch.object(segments, "BLOCKS_WANTED", blocks_wanted):
+        return select(scores, num_kept, impl=impl)
+
+
+@pytest.mark.parametrize("blocks_wanted", [1, 4, 1024])
+def test_segments_of_a_row(run_each: Run, blocks_wanted: int) -> None:
+    """Ties are counted over the tiles of a segment, and over segments."""
+    scores = torch.zeros(1, 9 * segments.TILE + 5)
     scores[0, ::1000] = torch.arange(37.0).flip(0) - 18  # 18 above the ties, 18 below
-    assert_same(run_each(select, scores, 30_000), select(scores, 30_000))
+    scores = torch.cat([scores, scattered(1, scores.shape[1])])
+    assert_same(run_each(select_with, blocks_wanted, scores, 30_000), select(scores, 30_000))
+
+
+def test_segments_fill_a_gpu() -> None:
+    """One tile each while that is not enough, as many as wanted otherwise, one for each of many rows."""
+    assert segments.segment_size(1, 2**20) == segments.TILE
+    assert segments.segment_size(256, 131072) == 131072 // 4
+    assert segments.segment_size(5000, 131072) == 131072
+    assert segments.segment_size(5000, 1) == segments.TILE
 
 
 @pytest.mark.parametrize(

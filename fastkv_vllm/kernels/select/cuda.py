@@ -3,6 +3,7 @@
 import torch
 
 from fastkv_vllm.kernels import csrc
+from fastkv_vllm.kernels.select.segments import segment_size
 
 
 def launch(scores: torch.Tensor, num_kept: torch.Tensor, lengths: torch.Tensor, columns: torch.Tensor) -> None:
@@ -11,7 +12,8 @@ def launch(scores: torch.Tensor, num_kept: torch.Tensor, lengths: torch.Tensor, 
         scores = scores.contiguous()
     num_rows, num_columns = scores.shape
     starts = num_kept.cumsum(0) - num_kept
-    num_bytes = csrc.count("fastkv_select_scratch", num_rows, num_columns)
+    size = segment_size(num_rows, num_columns)
+    num_bytes = csrc.count("fastkv_select_scratch", num_rows, num_columns, size)
     scratch = torch.empty(num_bytes, dtype=torch.uint8, device=scores.device)
     csrc.launch(
         "fastkv_select",
@@ -22,6 +24,7 @@ def launch(scores: torch.Tensor, num_kept: torch.Tensor, lengths: torch.Tensor, 
         starts,
         num_rows,
         num_columns,
+        size,
         scratch,
         columns,
     )

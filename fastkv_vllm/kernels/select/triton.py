@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastkv_vllm.kernels.select.segments import TILE, segment_size
+
 _PASSES = tl.constexpr(3)
 _BINS = tl.constexpr(2048)
-_TILE = 4096  # columns; sums of a tile fit 16 bits
-_PROGRAMS_WANTED = 1024  # about eight for each multiprocessor of a large GPU
 _WARPS = 8
 
 
@@ -167,8 +167,9 @@ def _scatter_kernel(
         b_keys, m_n = _load_keys(p_row, i_n, stride_scores_column, end, TILE)
         m_above = m_n & (b_keys > key)
         m_tie = m_n & (b_keys == key)
+        # Both counts in one scan: a tile's sums fit 16 bits.
         b_own = m_above.to(tl.int32) + (m_tie.to(tl.int32) << 16)
-        b_before = tl.cumsum(b_own) - b_own  # both counts in one scan
+        b_before = tl.cumsum(b_own) - b_own
         b_ties = ties + (b_before >> 16)
         b_place = above + (b_before & 0xFFFF) + tl.minimum(b_ties, num_ties)
         tl.store(p_columns + b_place, o_n, mask=m_above | (m_tie & (b_ties < num_ties)))
@@ -180,20 +181,17 @@ def _scatter_kernel(
 def launch(scores: torch.Tensor, num_kept: torch.Tensor, lengths: torch.Tensor, columns: torch.Tensor) -> None:
     """See `select_ragged`; columns [sum of num_kept] int64 is written."""
     num_rows, num_columns = scores.shape
-    num_tiles = triton.cdiv(num_columns, _TILE)
-    segment_size = triton.cdiv(num_tiles, triton.cdiv(_PROGRAMS_WANTED, num_rows)) * _TILE
-    num_segments = triton.cdiv(num_columns, segment_size)
+    size = segment_size(num_rows, num_columns)
+    num_segments = triton.cdiv(num_columns, size)
     histograms = torch.zeros(_PASSES.value, num_rows, _BINS.value, dtype=torch.int32, device=scores.device)
     tallies = torch.empty(2, num_rows, num_segments, dtype=torch.int32, device=scores.device)
     starts = num_kept.cumsum(0) - num_kept
     num_kept, lengths = num_kept.contiguous(), lengths.contiguous()
-    sizes = (*scores.stride(), num_rows, num_segments, segment_size)
+    sizes = (*scores.stride(), num_rows, num_segments, size)
     grid = (num_rows * num_segments,)
     for i_pass in range(_PASSES.value):
-        _histogram_kernel[grid](
-            scores, num_kept, lengths, histograms, *sizes, PASS=i_pass, TILE=_TILE, num_warps=_WARPS
-        )
-    _count_kernel[grid](scores, num_kept, lengths, histograms, tallies, *sizes, TILE=_TILE, num_warps=_WARPS)
+        _histogram_kernel[grid](scores, num_kept, lengths, histograms, *sizes, PASS=i_pass, TILE=TILE, num_warps=_WARPS)
+    _count_kernel[grid](scores, num_kept, lengths, histograms, tallies, *sizes, TILE=TILE, num_warps=_WARPS)
     _scatter_kernel[grid](
         scores,
         num_kept,
@@ -203,7 +201,7 @@ def launch(scores: torch.Tensor, num_kept: torch.Tensor, lengths: torch.Tensor, 
         tallies,
         columns,
         *sizes,
-        TILE=_TILE,
+        TILE=TILE,
         SEGMENTS=triton.next_power_of_2(num_segments),
         num_warps=_WARPS,
     )

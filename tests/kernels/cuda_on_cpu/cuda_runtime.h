@@ -1,15 +1,14 @@
 // Stands in for CUDA's header of this name, so that g++ builds csrc/ into a library that runs on the CPU.
 //
 // Each thread of a block is a fiber. Fibers run one after the other, in another order each time, and change only where
-// the threads of a block or warp wait for each other: what a missing barrier breaks shows in some order. A barrier that
-// not all threads reach ends the process. Blocks run one after the other, in any order.
+// the threads of a block or warp wait for each other: what a missing barrier breaks shows. A barrier that not all threads
+// reach, or a vector load that is not aligned, ends the process. Blocks run one after the other, in any order.
 #pragma once
 
 #include <stdint.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -75,27 +74,37 @@ inline void release(size_t first, size_t end, Wait what) {
         for (size_t t = first; t < end; ++t) fibers[t].wait = Wait::none;
 }
 
-inline void run_block() {
-    std::vector<unsigned> turns(fibers.size());
-    for (size_t t = 0; t < fibers.size(); ++t) {
-        turns[t] = t;
-        fibers[t].wait = Wait::none;
-        getcontext(&fibers[t].context);
-        fibers[t].context.uc_stack.ss_sp = fibers[t].stack.data();
-        fibers[t].context.uc_stack.ss_size = fibers[t].stack.size();
-        makecontext(&fibers[t].context, enter, 0);
+// Run the fibers of a warp until each of them waits; whether any ran.
+inline bool run_warp(size_t first) {
+    const size_t end = std::min(first + 32, fibers.size());
+    std::vector<unsigned> turns;
+    for (size_t t = first; t < end; ++t)
+        if (fibers[t].wait == Wait::none) turns.push_back(t);
+    std::shuffle(turns.begin(), turns.end(), order);
+    for (unsigned t : turns) {
+        threadIdx.x = t;
+        swapcontext(&scheduler, &fibers[t].context);
     }
-    while (true) {
-        std::shuffle(turns.begin(), turns.end(), order);
-        bool ran = false;
-        for (unsigned t : turns) {
-            if (fibers[t].wait != Wait::none) continue;
-            ran = true;
-            threadIdx.x = t;
-            swapcontext(&scheduler, &fibers[t].context);
-        }
-        if (!ran) break;
-        for (size_t warp = 0; warp < fibers.size(); warp += 32) release(warp, std::min(warp + 32, fibers.size()), Wait::warp);
+    release(first, end, Wait::warp);
+    return !turns.empty();
+}
+
+// A warp runs as far ahead of the others as the block's barriers let it.
+inline void run_block() {
+    for (Fiber& fiber : fibers) {
+        fiber.wait = Wait::none;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        makecontext(&fiber.context, enter, 0);
+    }
+    std::vector<size_t> warps;
+    for (size_t first = 0; first < fibers.size(); first += 32) warps.push_back(first);
+    for (bool ran = true; ran;) {
+        ran = false;
+        std::shuffle(warps.begin(), warps.end(), order);
+        for (size_t first : warps)
+            while (run_warp(first)) ran = true;
         release(0, fibers.size(), Wait::block);
     }
     for (const Fiber& fiber : fibers)
@@ -177,5 +186,7 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t count, cudaS
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaSuccess ? "no error" : "invalid configuration argument";
+    return error == cudaSuccess             ? "no error"
+           : error == cudaErrorInvalidValue ? "invalid argument"
+                                            : "invalid configuration argument";
 }
