@@ -54,6 +54,11 @@ def on_cpu(library: Path, function: Callable[..., Any], *args: Any, **kwargs: An
         return function(*args, impl="cuda", **kwargs)
 
 
+def nvcc_version() -> str:
+    assert NVCC is not None
+    return subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
+
+
 def compile_for_gpu(source: Path, capability: int, folder: Path) -> tuple[list[Usage], dict[str, list[str]]]:
     """Usage and instructions of each kernel of a file, as nvcc compiles it for a compute capability."""
     assert NVCC is not None

@@ -1,7 +1,9 @@
 """csrc/: what nvcc makes of it, and how its library is loaded."""
 
 import ctypes
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 
 from fastkv_vllm.kernels import csrc
 from fastkv_vllm.kernels.select import select
-from tests.kernels.compiler import SHARED_BYTES
-from tests.kernels.csrc_builds import NVCC, SOURCES, compile_for_gpu, on_cpu, runs_on_cpu
+from tests.kernels.compiler import SHARED_BYTES, Usage
+from tests.kernels.csrc_builds import NVCC, ROOT, SOURCES, compile_for_gpu, nvcc_version, on_cpu, runs_on_cpu
 
 # Part of a kernel's name -> instructions it must have: 16-byte loads, counters in shared memory that a warp's equal
 # increments reach as one.
@@ -24,20 +26,44 @@ EXPECTED = {
 }
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: csrc/ is not compiled for GPUs here")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: csrc/ is not compiled for GPUs here")
+
+
+@cache
+def kernels_for(capability: int) -> list[tuple[str, Usage, set[str]]]:
+    """Source and part of the name, usage and instructions of each kernel."""
+    found = []
+    with TemporaryDirectory() as folder:
+        for source in SOURCES:
+            usages, instructions = compile_for_gpu(source, capability, Path(folder))
+            for usage in usages:
+                part = next(part for part in EXPECTED if part in usage.kernel)
+                found.append((f"{source.stem}: `{part}`", usage, set(instructions[usage.kernel])))
+    return found
+
+
+@needs_nvcc
 @pytest.mark.parametrize("capability", sorted(SHARED_BYTES))
-def test_kernels_compile_without_spilling(capability: int, tmp_path: Path) -> None:
-    seen = set()
-    for source in SOURCES:
-        usages, instructions = compile_for_gpu(source, capability, tmp_path)
-        for usage in usages:
-            assert usage.stack_bytes == 0, f"{usage} spills"
-            found = set(instructions[usage.kernel])
-            assert not {name for name in found if name.startswith(("LDL", "STL"))}, f"{usage} has local memory"
-            part = next(part for part in EXPECTED if part in usage.kernel)
-            assert EXPECTED[part] <= found, f"{usage.kernel}: {sorted(found)}"
-            seen.add(part)
-    assert seen == set(EXPECTED)
+def test_kernels_compile_without_spilling(capability: int) -> None:
+    for name, usage, instructions in kernels_for(capability):
+        assert usage.stack_bytes == 0, f"{usage} spills"
+        assert not {i for i in instructions if i.startswith(("LDL", "STL"))}, f"{usage} has local memory"
+        assert EXPECTED[name.split("`")[1]] <= instructions, f"{usage.kernel}: {sorted(instructions)}"
+    assert {name.split("`")[1] for name, _, _ in kernels_for(capability)} == set(EXPECTED)
+
+
+@needs_nvcc
+def test_table_of_usages_is_the_compilers() -> None:
+    if "release 13.0" not in nvcc_version():
+        pytest.skip("the table in docs/kernels.md is nvcc 13.0's")
+    text = (ROOT / "docs/kernels.md").read_text()
+    for name in {name for name, _, _ in kernels_for(80)}:
+        found = [[u for n, u, _ in kernels_for(arch) if n == name] for arch in sorted(SHARED_BYTES)]
+        cells = [max(u.registers for u in usages) for usages in found] + [
+            max(u.shared_bytes for u in usages) for usages in found
+        ]
+        row = f"| {name} | {' | '.join(map(str, cells))} |"
+        assert row in text, row
 
 
 def test_missing_library_is_one_clear_error(tmp_path: Path) -> None:
@@ -64,5 +90,5 @@ def test_failed_launch_raises(csrc_on_cpu: Path) -> None:
 
 
 def test_product_is_named_as_the_build_names_it() -> None:
-    text = (Path(__file__).parents[2] / "csrc/CMakeLists.txt").read_text()
+    text = (ROOT / "csrc/CMakeLists.txt").read_text()
     assert f"add_library({csrc.LIBRARY.stem.removeprefix('lib')} SHARED" in text
