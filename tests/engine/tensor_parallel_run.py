@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+from fastkv_vllm.methods import UNIFORM
 from tests.engine.harness import Engine, logprobs_of
 from tests.engine.oracle import clear
-from tests.engine.requests import answer
+from tests.engine.requests import answer, filled
 from tests.engine.settings import EXACT, MIXED, REQUESTS
 
 
@@ -34,8 +35,9 @@ def main(checkpoint: Path, name: str) -> None:
         selections = engine.llm.collective_rpc(recorded)
         engine.check(MIXED)
     if name == "fastkv":
-        # Methods whose budgets are even: others need all heads on one rank.
-        answer(engine, [name for name in REQUESTS if name not in ("adakv", "headkv")])
+        configs = {name: filled(*asked) for name, asked in REQUESTS.items()}
+        # Heads that share budgets need to be on one rank.
+        answer(engine, [name for name, config in configs.items() if config is None or config.head_budgets == UNIFORM])
     result = {
         "prompt": alone,
         "selections": selections,
