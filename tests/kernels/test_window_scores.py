@@ -68,6 +68,7 @@ DENSE = [
     (1, 8, 64, 32, 137, BF16),  # more columns than one product has
     (1, 2, 8, 3, 33, FP32),
     (1, 1, 256, 8, 40, FP16),
+    (1, 2, 16, 8, 2111, FP32),  # three tiles to a split
 ]
 
 

@@ -64,7 +64,7 @@ def _split(num_keys, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 def _load_entries(p_pages, p_table, o_n, m_n, o_d, m_d, stride_page, stride_entry, stride_dim, block_size):
     """Elements o_d of entries o_n, [BLOCK_N, D]; 0 where masked."""
     i_page = tl.load(p_table + o_n // block_size, mask=m_n, other=0).to(tl.int64)
-    p_entry = p_pages + i_page * stride_page + (o_n % block_size) * stride_entry
+    p_entry = p_pages + i_page * stride_page + (o_n % block_size).to(tl.int64) * stride_entry
     return tl.load(p_entry[:, None] + o_d[None, :] * stride_dim, mask=m_n[:, None] & m_d[None, :], other=0.0)
 
 
