@@ -35,6 +35,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "value_norms": False,
         "decay": None,
         "halting_loss": None,
+        "evict_while_decoding": False,
         "kernel_size": 7,
         "pooling": "max",
         "layer_budgets": "uniform",
@@ -59,7 +60,7 @@ def test_default_tsp_layer(num_layers: int, expected: int) -> None:
 @EACH_METHOD
 def test_defaults_of_a_method_are_its_own(method: str) -> None:
     config, cls = CompressionConfig(method), method_class(method)
-    for name in ("num_sink", "recent_share", "value_norms", "decay"):
+    for name in ("num_sink", "recent_share", "value_norms", "decay", "evict_while_decoding"):
         assert getattr(config, name) == getattr(cls, f"default_{name}")
     assert CompressionConfig(method, num_sink=9).num_sink == 9
     assert CompressionConfig(method, recent_share=0.25).recent_share == 0.25
@@ -68,6 +69,8 @@ def test_defaults_of_a_method_are_its_own(method: str) -> None:
 def test_defaults_that_differ() -> None:
     assert CompressionConfig("h2o").recent_share == CompressionConfig("a2sf").recent_share == 0.5
     assert [CompressionConfig(name).decay for name in ("h2o", "a2sf", "snapkv")] == [1.0, 0.95, None]
+    evicting = [name for name in method_names() if CompressionConfig(name).evict_while_decoding]
+    assert sorted(evicting) == ["a2sf", "h2o", "streamingllm", "tova"]
     assert CompressionConfig("vatp").value_norms and CompressionConfig("vatp").num_sink == 20
     assert [CompressionConfig(name).all_queries_vote for name in ("h2o", "a2sf", "snapkv")] == [True, True, False]
 
@@ -121,6 +124,12 @@ def test_recent_tokens_are_a_share_of_the_budget() -> None:
             "tova",
             {"head_budgets": "adaptive"},
             "head_budgets must be uniform: in tova all heads keep the same entries; got 'adaptive'",
+        ),
+        (
+            "pyramidinfer",
+            {"evict_while_decoding": True},
+            "evict_while_decoding must be false: in pyramidinfer what a layer keeps follows from its own cuts of the "
+            "prompt; got True",
         ),
     ],
 )
@@ -199,6 +208,7 @@ BAD = [
     *[("decay", value, "left out: in fastkv not all queries vote") for value in (1.0, "1")],
     *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
+    *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
     *[("halting_loss", value, r"in \(0, 1\)") for value in (0, 1, -0.1, "0.1", True)],
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
 ]
@@ -466,5 +476,5 @@ def test_plan_turns_ratios_and_counts_into_entries() -> None:
     several = make(tsp_layer=[2, 4, 5], tsp_ratio=[0.5, 0.3, 0.2]).plan(1280, 32)
     assert several == make(budget=128, tsp_layer=[2, 4, 5], tsp_tokens=[640, 384, 256]).plan(1280, 32)
     assert isinstance(several, PromptPlan) and several.cuts == ((2, 640), (4, 384), (5, 256))
-    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, (), 8, 8, 4, 8)
+    assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, (), 8, 8, 4, 8, evicts=True)
     assert make().plan(511, 32) is LeftAlone.SHORT

@@ -24,7 +24,7 @@ def conflict_table() -> str:
 
 def composition_table() -> str:
     """What each method allows, from what its class declares and what the configuration refuses."""
-    head = "| method | who votes | cuts rows | head budgets | `value_norms` | prefix caching | ranks | calibration |"
+    head = "| method | who votes | cuts rows | head budgets | `value_norms` | evicts | prefix caching | ranks | calibration |"
     rows = []
     for name in method_names():
         cls = method_class(name)
@@ -41,12 +41,13 @@ def composition_table() -> str:
             if is_even
             else f"any, its own: {config.head_budgets}",
             "its own" if cls.default_value_norms else "yes" if cls.votes() else "no",
+            "no" if cls.layer_budgets in CUT_BUDGETS else "yes" if config.evict_while_decoding else "if asked to",
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "1",
             "needed" if cls.head_budgets in MODEL_BUDGETS else "TSP layer" if "fastkv" in name else "no",
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([head, "|---" * 8 + "|", *rows])
+    return "\n".join([head, "|---" * 9 + "|", *rows])
 
 
 def test_composition_table_is_the_codes() -> None:

@@ -29,6 +29,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         "num_sink": draw(st.integers(0, 40)),
         "num_recent": draw(st.integers(0, num_tokens)),
         "min_tokens": draw(st.integers(window_size + 1, 600)),
+        "evicts": draw(st.booleans()),
     }
 
 
@@ -38,8 +39,13 @@ def plan_of(arguments: dict[str, Any]) -> PromptPlan:
     return plan
 
 
-def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: int) -> int:
-    """Whole pages that hold sinks, one rated entry and the recent ones that are not in the tail; counted."""
+def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: int, evicts: bool) -> int:
+    """Whole pages that hold sinks, one rated entry and the recent ones that are not in the tail; counted.
+
+    With eviction all recent ones: their last may be any block's.
+    """
+    if evicts:
+        return ceil((num_sink + num_recent + 1) / block_size)
     tail_from = num_tokens - num_tokens % block_size
     forced = [p for p in range(tail_from) if p < num_sink or p >= num_tokens - num_recent]
     return ceil((len(forced) + 1) / block_size)
@@ -48,7 +54,7 @@ def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: in
 def check_plan(plan: PromptPlan, num_kept: int, cuts: list[tuple[int, int]]) -> None:
     """All that holds for a prompt that is compressed."""
     held = plan.num_pages + (plan.num_tail > 0)
-    forced = pages_forced(plan.num_tokens, plan.block_size, plan.num_recent, plan.num_sink)
+    forced = pages_forced(plan.num_tokens, plan.block_size, plan.num_recent, plan.num_sink, plan.evicts)
     assert held == max(ceil(num_kept / plan.block_size), forced + (plan.num_tail > 0))
     assert plan.num_freed_blocks >= 1
     assert plan.num_freed_blocks + held == ceil(plan.num_tokens / plan.block_size)
@@ -85,9 +91,8 @@ def test_a_prompt_is_left_alone_for_a_reason(arguments: dict[str, Any]) -> None:
     assert (plan is LeftAlone.SHORT) == (num_tokens < arguments["min_tokens"])
     if plan is LeftAlone.BUDGET_COVERS_PROMPT:
         plain = ceil(num_tokens / block_size)
-        forced = pages_forced(
-            num_tokens, block_size, max(arguments["window_size"], arguments["num_recent"]), arguments["num_sink"]
-        )
+        num_recent = max(arguments["window_size"], arguments["num_recent"])
+        forced = pages_forced(num_tokens, block_size, num_recent, arguments["num_sink"], arguments["evicts"])
         covered = ceil(arguments["num_kept"] / block_size) >= plain
         assert covered or forced >= num_tokens // block_size, "a block could have been freed"
 
@@ -151,6 +156,8 @@ def test_peak_is_what_a_growing_request_holds(arguments: dict[str, Any], num_ans
     for num_tokens in [*range(1, plan.num_tokens + num_answer + 1, 7), plan.num_tokens, plan.num_tokens + num_answer]:
         # A prompt's blocks are all there when it ends, and the surplus goes back at once.
         held = ceil(num_tokens / plan.block_size) - (plan.num_freed_blocks if num_tokens > plan.num_tokens else 0)
+        if plan.evicts:
+            held -= max((num_tokens - 1) // plan.block_size - plan.num_whole_blocks, 0)
         before_end = ceil(min(num_tokens, plan.num_tokens) / plan.block_size)
         peak = max(held, before_end)
         assert ceil(plan.peak_tokens(num_tokens) / plan.block_size) == peak

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
-from fastkv_vllm.adapter.batch import Batch, PrefillRows, take_requests
+from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
@@ -25,13 +25,14 @@ from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
 
 @dataclass
 class CompressionMetadata(CPUAttentionMetadata):
-    """The engine's metadata, the prompts to compress, and the rows that are read head by head.
+    """The engine's metadata, the prompts to compress, the rows that vote on, and those that are read head by head.
 
     Where `reads` is set the metadata's own tables are not used: `plain` has those of the other requests, whose rows
     are `plain_rows`; both are None where there are none.
     """
 
     prefills: tuple[PrefillRows, ...] = ()
+    decodes: tuple[DecodeRows, ...] = ()
     compressor: Compressor | None = None
     reads: HeadReads | None = None
     plain: CPUAttentionMetadata | None = None
@@ -58,20 +59,26 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         if self.batch is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         self.view = self.batch.read_view(common_attn_metadata)
-        return self.build_for(self.view, self.batch.prefills, self.batch.held)
+        return self.build_for(self.view, self.batch.prefills, self.batch.decodes, self.batch.held)
 
     def build_for(
-        self, view: CommonAttentionMetadata, prefills: tuple[PrefillRows, ...], held: Mapping[int, HeadPages]
+        self,
+        view: CommonAttentionMetadata,
+        prefills: tuple[PrefillRows, ...],
+        decodes: tuple[DecodeRows, ...],
+        held: Mapping[int, HeadPages],
     ) -> CompressionMetadata:
         """Metadata of rows whose reads are already in `view`, but for the requests in `held`.
 
         Args:
             view: of the requests; only those not in `held` are read through its tables.
             prefills: requests with an unfinished prompt.
+            decodes: compressed requests whose entries are rated.
             held: number of a request in `view` -> its pages.
         """
         if not held:
-            return CompressionMetadata(**vars(super().build(0, view)), prefills=prefills, compressor=self.compressor)
+            plain = super().build(0, view)
+            return CompressionMetadata(**vars(plain), prefills=prefills, decodes=decodes, compressor=self.compressor)
         starts = view.query_start_loc.tolist()
         others = [i for i in range(view.num_reqs) if i not in held]
         plain, plain_rows = None, None
@@ -88,6 +95,7 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
             slot_mapping=view.slot_mapping,
             scheduler_metadata=None,
             prefills=prefills,
+            decodes=decodes,
             compressor=self.compressor,
             reads=self._head_reads(view, held),
             plain=plain,
@@ -151,10 +159,11 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
             self._forward_heads(layer, query, key, value, kv_cache, attn_metadata, output)
         else:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if isinstance(attn_metadata, CompressionMetadata) and attn_metadata.prefills:
+        if isinstance(attn_metadata, CompressionMetadata) and (attn_metadata.prefills or attn_metadata.decodes):
             assert attn_metadata.compressor is not None, "set with the prefills"
             attn_metadata.compressor.after_attention(
                 attn_metadata.prefills,
+                attn_metadata.decodes,
                 layer=extract_layer_index(layer.layer_name),
                 scale=self.scale,
                 query=query,

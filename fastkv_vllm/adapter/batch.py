@@ -44,17 +44,44 @@ class PrefillRows:
 
 
 @dataclass(frozen=True)
+class DecodeRows:
+    """The rows of one compressed request whose entries are evicted while decoding, in the batch of some layers.
+
+    Fields:
+        request_id: whose they are.
+        first: number of the first row in the batch.
+        count: rows, all of one block.
+        block: id of that block.
+        num_filled: entries in it, these rows' among them.
+        evicts: the block is full and given back after this step: what stays is chosen now.
+    """
+
+    request_id: str
+    first: int
+    count: int
+    block: int
+    num_filled: int
+    evicts: bool
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
 class Batch:
     """What the metadata of a step must know beside vLLM's own.
 
     Fields:
         prefills: requests with an unfinished prompt.
+        decodes: compressed requests whose entries are rated in this step.
         null_blocks: row of the block table -> leading null blocks of a request compressed evenly.
         held: row of the block table -> pages of a request compressed unevenly; it is not read through that table.
         block_size: tokens per block.
     """
 
     prefills: tuple[PrefillRows, ...]
+    decodes: tuple[DecodeRows, ...]
     null_blocks: dict[int, int]
     held: dict[int, HeadPages]
     block_size: int

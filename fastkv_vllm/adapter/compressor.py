@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
-from fastkv_vllm.adapter.batch import PrefillRows
+from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
+from fastkv_vllm.adapter.eviction import Evictor
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
@@ -19,7 +20,7 @@ _Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, 
 
 
 class Compressor:
-    """Scores and compacts finished prompts, layer by layer, right after the layer's attention.
+    """Scores and compacts finished prompts, layer by layer, right after the layer's attention; evicts after them.
 
     Attention of a prompt never depends on this: a layer compacts what its attention has already read. What is held
     between steps belongs to unfinished prompts only and is keyed by position, so that a prompt computed again after
@@ -32,8 +33,11 @@ class Compressor:
     Fields:
         layout: how a page is laid out inside; set with the cache.
         pool: all layers' pages; set with the cache.
+        evictor: what goes on after a prompt; set with the cache.
         held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
+        kept: request -> columns of each layer that stay before the tail, head after head, of prompts that ended in
+            this step and whose entries are evicted while decoding.
         halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
         windows: (request, layer) -> queries of the voters by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
@@ -51,8 +55,10 @@ class Compressor:
         self.stats = WorkerStats()
         self.layout: PageLayout | None = None
         self.pool: PagePool | None = None
+        self.evictor: Evictor | None = None
         self.held: dict[str, HeadPages] = {}
         self.scored: dict[str, list[torch.Tensor]] = {}
+        self.kept: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
         self._moves: list[_Move] = []
 
@@ -66,16 +72,20 @@ class Compressor:
         _, _, block_size, width = kv_caches[0].shape
         self.layout = PageLayout.probe(block_size=block_size, head_dim=width // 2, dtype=kv_caches[0].dtype, isa=isa)
         self.pool = PagePool.of(kv_caches, self.layout)
+        self.evictor = Evictor(self.pool)
 
     def end_step(self) -> None:
         """Drop what is held within a step only."""
         self.selected.clear()
         self.scored.clear()
+        self.kept.clear()
         self.halted.clear()
         self._moves.clear()
 
     def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
         """Drop what is held for requests other than those whose prompt goes on and those with compressed pages."""
+        if self.evictor is not None:
+            self.evictor.forget(compressed)
         self.held = {rid: pages for rid, pages in self.held.items() if rid in compressed}
         self.windows = {key: q for key, q in self.windows.items() if key[0] in partial}
         self.sums = {key: sums for key, sums in self.sums.items() if key[0] in partial}
@@ -90,6 +100,7 @@ class Compressor:
     def after_attention(
         self,
         prefills: Iterable[PrefillRows],
+        decodes: Iterable[DecodeRows],
         *,
         layer: int,
         scale: float,
@@ -98,20 +109,21 @@ class Compressor:
         value: torch.Tensor,
         kv_cache: torch.Tensor,
     ) -> None:
-        """Compact the prompts that end in this step, or where budgets are uneven keep the scores for `finish`.
+        """Compact the prompts that end in this step, or where budgets are uneven keep the scores for `finish`; evict.
 
         All sources are read before the first destination is written: a destination may be a block that an earlier
         request of the same step has just given back.
 
         Args:
             prefills: requests with an unfinished prompt.
+            decodes: compressed requests whose entries are rated in this step.
             layer: index of the layer.
             scale: softmax scale.
             query: [T, Hq, D]; key, value: [T, H, D]: the rows of this step, roped.
             kv_cache: the layer's cache, [num_blocks, H, block_size, 2 * D], with this step's rows written.
         """
-        layout = self.layout
-        assert layout is not None, "use_cache came first"
+        layout, evictor = self.layout, self.evictor
+        assert layout is not None and evictor is not None, "use_cache came first"
         for prefill in prefills:
             with self._timed("score_us"):
                 inputs = self._inputs(prefill, layer, scale, query, key, kv_cache)
@@ -132,12 +144,24 @@ class Compressor:
                 kept = select(scores, prefill.plan.num_moved)
             with self._timed("compact_us"):
                 kept = kept.expand(kv_cache.shape[1], -1)
+                if prefill.plan.evicts:
+                    self.kept.setdefault(prefill.request_id, []).append(kept.flatten())
                 self._moves.append((kv_cache, *self._collect(prefill, kept, key, value, kv_cache, layout)))
+        for rows in decodes:
+            with self._timed("score_us"):
+                scores = evictor.rate(rows, layer, scale, query)
+            if rows.evicts:
+                with self._timed("select_us"):
+                    stay = evictor.choose(rows, layer, scores)
+                with self._timed("compact_us"):
+                    self._moves += evictor.collect(rows, layer, stay)
         if not self.scored:
             self._carry_out()
 
     def finish(self, prefills: Iterable[PrefillRows]) -> None:
         """Share the pages of prompts with uneven budgets that ended in this step, and move their entries there.
+
+        Those that go on with eviction are handed over.
 
         Call once after the step's layers have run: a page may go to another layer than the one it was written by, so
         every layer must have been read. All sources of all requests are copied before the first is written.
@@ -145,7 +169,21 @@ class Compressor:
         for prefill in prefills:
             if prefill.request_id in self.scored:
                 self._share(prefill, self.scored.pop(prefill.request_id))
+            if prefill.request_id in self.kept:
+                self._hand_over(prefill)
         self._carry_out()
+
+    def _hand_over(self, prefill: PrefillRows) -> None:
+        """Let the evictor take over a prompt that was compressed in this step."""
+        assert self.pool is not None and self.evictor is not None, "use_cache came first"
+        plan, rid, kept = prefill.plan, prefill.request_id, self.kept[prefill.request_id]
+        held = self.held.get(rid)
+        if held is None:
+            assert prefill.destination is not None, "the prompt ends"
+            counts = torch.full((len(kept), self.pool.num_heads), plan.num_pages)
+            held = HeadPages.share(plan.num_whole_blocks, counts, self.pool, prefill.destination)
+        sums, windows = ([of[rid, n] for n in range(len(kept)) if (rid, n) in of] for of in (self.sums, self.windows))
+        self.evictor.begin(prefill, held, kept, sums, windows)
 
     def _carry_out(self) -> None:
         assert self.layout is not None, "use_cache came first"
@@ -168,6 +206,8 @@ class Compressor:
                 for layer, count in zip(scores, counts, strict=True)
             ]
         self.held[prefill.request_id] = held
+        if plan.evicts:
+            self.kept[prefill.request_id] = kept
         if surplus := len(prefill.destination) - blocks_for(counts):
             self.stats.surplus[prefill.request_id] = surplus
         with self._timed("compact_us"):
@@ -232,7 +272,11 @@ class Compressor:
             return {}
         inputs["positions"] = self._positions(prefill)
         if "queries" in needs:
-            inputs["queries"] = self._window_queries(prefill, layer, query) * scale
+            window = self._window_queries(prefill, layer, query)
+            if prefill.plan.evicts:
+                # A copy: a view would keep all rows of the step.
+                self.windows[prefill.request_id, layer] = window[-prefill.plan.window_size :].clone()
+            inputs["queries"] = window * scale
         return {name: inputs[name] for name in needs}
 
     def _keys(self, prefill: PrefillRows, key: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ class CompressibleSpec(FullAttentionSpec):
 
 
 class CompressingManager(FullAttentionManager):
-    """vLLM's full-attention manager plus one act: give back a finished prompt's surplus blocks.
+    """vLLM's full-attention manager plus two acts: give back a finished prompt's surplus blocks, and later full ones.
 
     Positions never shift: freed prompt blocks become null blocks in the request's table, followed by the blocks
     that hold the kept pages, so all of vLLM's block arithmetic stays true.
@@ -135,6 +135,17 @@ class CompressingManager(FullAttentionManager):
         self.null_blocks[request_id] += surplus
         return surplus
 
+    def evict(self, request_ids: Iterable[str]) -> None:
+        """Give back the last block of compressed requests, full after the step being scheduled, one null block more.
+
+        Its worker reads the block's entries before any other step, or another request's kept pages, can overwrite them.
+        """
+        for rid in request_ids:
+            table = self.req_to_blocks[rid]
+            self.block_pool.free_blocks([table.pop()])
+            table.insert(0, self._null_block)
+            self.null_blocks[rid] += 1
+
     def num_stash_tokens(self) -> int:
         """Prompt tokens of requests whose residual rows wait for their last chunk."""
         return sum(self.plans[rid].num_tokens for rid in self.stashing)
@@ -162,7 +173,7 @@ class CompressingManager(FullAttentionManager):
             tables={rid: [block.block_id for block in blocks] for rid, blocks in self.req_to_blocks.items()},
             hashed=[block.block_id for block in real if block.block_hash is not None],
             private={
-                rid: [b.block_id for b in self.req_to_blocks[rid][nulls : self.plans[rid].num_whole_blocks]]
+                rid: [block.block_id for block in self.req_to_blocks[rid][nulls:]]
                 for rid, nulls in self.null_blocks.items()
             },
         )

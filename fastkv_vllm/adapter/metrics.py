@@ -25,6 +25,10 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
         ("method",),
         "Blocks given back to the pool at the end of prefill, or (halting rule) a step later.",
     ),
+    "vllm:fastkv_decode_blocks_freed": (
+        ("method",),
+        "Blocks given back while decoding, when as many entries had been dropped.",
+    ),
     LEFT_ALONE: (("reason",), "Prompts not compressed."),
     "vllm:fastkv_tsp_rows_in": ((), "Rows that reached the first TSP layer."),
     "vllm:fastkv_tsp_rows_out": ((), "Rows that went on after the last TSP layer."),

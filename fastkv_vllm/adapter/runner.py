@@ -1,5 +1,6 @@
 """vLLM's CPU model runner (V1) with compression."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
-from fastkv_vllm.adapter.batch import Batch, PrefillRows
+from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.ragged import blocks_for
@@ -60,6 +61,8 @@ class CPUCompressionRunner(CPUModelRunner):
             self.compressor.end_step()
         for request_id, destination in plan.destinations.items():
             self._move_blocks(request_id, destination, plan)
+        for request_id in plan.evicting:
+            self._give_back(request_id)
         self.compressor.forget(plan.partial, plan.compressed)
         return output
 
@@ -77,7 +80,8 @@ class CPUCompressionRunner(CPUModelRunner):
         metadata = super()._build_attention_metadata(*args, **kwargs)
         if any(prefill.plan.cuts for prefill in batch.prefills):
             num_reqs = self.input_batch.num_reqs
-            segments = segments_of(self.query_start_loc.np[: num_reqs + 1].tolist(), batch.prefills)
+            starts = self.query_start_loc.np[: num_reqs + 1].tolist()
+            segments = segments_of(starts, batch.prefills, batch.decodes)
             assert self._builder.view is not None, "left there by the build above"
             self._tsp = TSPStep(self.compressor, segments, self._builder.view, self._builder, self._layer_names)
         return metadata
@@ -95,13 +99,15 @@ class CPUCompressionRunner(CPUModelRunner):
         block_size = self._builder.block_size
         starts = self.query_start_loc.np
         table = self.input_batch.block_table[0].get_cpu_tensor()
-        prefills = []
+        prefills, decodes = [], []
         null_blocks, held = {}, {}
         for row, request_id in enumerate(self.input_batch.req_ids):
             if request_id in self.compressor.held and request_id in plan.null_blocks:
                 held[row] = self.compressor.held[request_id]
             elif request_id in plan.null_blocks:
                 null_blocks[row] = plan.null_blocks[request_id]
+            if request_id in plan.null_blocks:
+                decodes += self._decode_rows(row, request_id, plan)
             if request_id in plan.prefills:
                 prompt = plan.prefills[request_id]
                 num_blocks = -(-prompt.num_tokens // block_size)
@@ -117,7 +123,25 @@ class CPUCompressionRunner(CPUModelRunner):
                         destination=plan.destinations.get(request_id),
                     )
                 )
-        return Batch(tuple(prefills), null_blocks, held, block_size)
+        return Batch(tuple(prefills), tuple(decodes), null_blocks, held, block_size)
+
+    def _decode_rows(self, row: int, request_id: str, plan: StepPlan) -> list[DecodeRows]:
+        """The rows of a compressed request where it evicts and they matter to that, or none."""
+        evictor, block_size = self.compressor.evictor, self._builder.block_size
+        assert evictor is not None, "set with the cache"
+        if request_id not in evictor.requests:
+            return []
+        first, end = self.query_start_loc.np[row : row + 2].tolist()
+        num_tokens = int(self.input_batch.num_computed_tokens_cpu[row]) + end - first
+        rows = DecodeRows(
+            request_id=request_id,
+            first=first,
+            count=end - first,
+            block=int(self.input_batch.block_table[0].block_table.np[row, (num_tokens - 1) // block_size]),
+            num_filled=(num_tokens - 1) % block_size + 1,
+            evicts=request_id in plan.evicting,
+        )
+        return [rows] if evictor.concerns(rows) else []
 
     def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
         """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""
@@ -128,6 +152,17 @@ class CPUCompressionRunner(CPUModelRunner):
         self.requests[request_id].block_ids[0][: len(whole)] = whole
         row = self.input_batch.req_id_to_index[request_id]
         self.input_batch.block_table[0].block_table.np[row, : len(whole)] = whole
+
+    def _give_back(self, request_id: str) -> None:
+        """Take the last block from the request's table and put a null block before it, as the scheduler does."""
+        table = self.requests[request_id].block_ids[0]
+        table.pop()
+        table.insert(0, 0)
+        row = self.input_batch.req_id_to_index[request_id]
+        self.input_batch.block_table[0].block_table.np[row, : len(table)] = table
+        held = self.compressor.held.get(request_id)
+        if held is not None:
+            self.compressor.held[request_id] = replace(held, num_whole=held.num_whole + 1)
 
     def _require_our_classes(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse to serve where vLLM has built something else than what compression was written for."""

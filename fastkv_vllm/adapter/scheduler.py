@@ -28,7 +28,9 @@ _INTEGRITY_PERIOD_S = 60.0  # the full check walks the whole pool
 
 
 class _CompressionMixin(Scheduler):
-    """Ends chunks at the prompt's end, frees the surplus of finished prompts in the same step, sends the orders.
+    """Ends chunks where entries are chosen, frees in the same step the blocks that do not stay, sends the orders.
+
+    Entries are chosen at the prompt's end and, where they are evicted while decoding, at each block's end after it.
 
     `totals` counts since start-up; tests and the idle check read it. What was done for a request goes out with its last
     output, in the field that vLLM's answers have for KV transfer, which compression excludes.
@@ -62,6 +64,11 @@ class _CompressionMixin(Scheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if request.request_id in self.manager.null_blocks:
+            if self.manager.plans[request.request_id].evicts:
+                block_size = self.manager.block_size
+                num_new_tokens = min(num_new_tokens, block_size - num_computed_tokens % block_size)
+            return num_new_tokens
         if num_computed_tokens >= request.num_prompt_tokens:
             return num_new_tokens
         plan = self._plan(request)
@@ -92,8 +99,12 @@ class _CompressionMixin(Scheduler):
         destinations = self.manager.compress(ended)
         for rid in ended:
             self._count_compressed(rid, prefills[rid])
+        evicting = frozenset(rid for rid in compressed if self._fills_a_block(rid))
+        self.manager.evict(evicting)
+        for rid in evicting:
+            self._count_prompts(self._config(self.requests[rid]), PromptStats(decode_blocks_freed=1))
         partial = frozenset(rid for rid in self.manager.plans if rid not in self.manager.null_blocks)
-        plan = StepPlan(prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks))
+        plan = StepPlan(prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks), evicting)
         attach_orders(scheduler_output, Orders(plan, {rid: self._config(self.requests[rid]) for rid in prefills}))
 
     def update_from_output(
@@ -143,6 +154,11 @@ class _CompressionMixin(Scheduler):
         num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
         num_after_image = tokens_after_image(request.mm_features, num_tokens)
         return config.plan(num_tokens, self.manager.block_size, num_after_image)
+
+    def _fills_a_block(self, request_id: str) -> bool:
+        """Whether a compressed request chooses anew after the step just scheduled."""
+        num_tokens = self.requests[request_id].num_computed_tokens
+        return self.manager.plans[request_id].evicts and num_tokens % self.manager.block_size == 0
 
     def _settle(self, orders: Orders, surplus: Mapping[str, int]) -> None:
         """Give back what the prompts that ended in a step did not need of their budget, now that its worker knows."""

@@ -34,12 +34,13 @@ class WorkerStats:
 
 @dataclass
 class PromptStats:
-    """Compressed prompts, their tokens, entries kept of them per layer and KV head, blocks they gave back."""
+    """Compressed prompts, their tokens, entries kept per layer and KV head, blocks given back then, and later."""
 
     requests_compressed: int = 0
     prompt_tokens_seen: int = 0
     prompt_tokens_kept: int = 0
     blocks_freed: int = 0
+    decode_blocks_freed: int = 0
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import nn
 from vllm.forward_context import get_forward_context
 
 from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
-from fastkv_vllm.adapter.batch import PrefillRows, take_requests
+from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.kernels.propagate import gather_stream
 
@@ -36,12 +36,14 @@ class _Segment:
         request: its number in the step.
         first, count: its rows.
         prefill: what to know of them where its prompt is unfinished.
+        decode: what to know of them where they rate entries after it.
     """
 
     request: int
     first: int
     count: int
     prefill: PrefillRows | None
+    decode: DecodeRows | None
 
     @property
     def rows(self) -> slice:
@@ -50,6 +52,12 @@ class _Segment:
     @property
     def is_late(self) -> bool:
         return self.prefill is not None and self.prefill.positions is not None
+
+    def moved_to(self, first: int) -> "_Segment":
+        """The same rows elsewhere in a batch."""
+        prefill = None if self.prefill is None else replace(self.prefill, first=first)
+        decode = None if self.decode is None else replace(self.decode, first=first)
+        return replace(self, first=first, prefill=prefill, decode=decode)
 
 
 class TSPStep:
@@ -204,10 +212,7 @@ class TSPStep:
         """
         counts = [segment.count for segment in segments]
         starts = accumulate(counts, initial=0)
-        self._going = [
-            replace(s, first=first, prefill=None if s.prefill is None else replace(s.prefill, first=first))
-            for s, first in zip(segments, starts, strict=False)
-        ]
+        self._going = [segment.moved_to(first) for segment, first in zip(segments, starts, strict=False)]
         if not segments:
             return
         late = take_requests(self._view, [segment.request for segment in segments], counts)
@@ -221,23 +226,29 @@ class TSPStep:
             slots.append(segment.prefill.blocks[rank // block_size] * block_size + rank % block_size)
         late.slot_mapping = torch.cat(slots)
         prefills = tuple(segment.prefill for segment in self._going if segment.prefill is not None)
+        decodes = tuple(segment.decode for segment in self._going if segment.decode is not None)
         held = self._builder.batch.held if self._builder.batch is not None else {}
         late_held = {i: held[s.request] for i, s in enumerate(self._going) if s.request in held}
-        metadata = self._builder.build_for(late, prefills, late_held)
+        metadata = self._builder.build_for(late, prefills, decodes, late_held)
         context = get_forward_context()
         for later, name in self._layer_names.items():
             if later > index:
                 context.attn_metadata[name], context.slot_mapping[name] = metadata, late.slot_mapping
 
 
-def segments_of(query_start: Sequence[int], prefills: Sequence[PrefillRows]) -> list[_Segment]:
+def segments_of(
+    query_start: Sequence[int], prefills: Sequence[PrefillRows], decodes: Sequence[DecodeRows]
+) -> list[_Segment]:
     """Rows of each request of a step.
 
     Args:
         query_start: first row of each request and the number of rows, [R + 1].
         prefills: requests with an unfinished prompt.
+        decodes: compressed requests whose entries are rated.
     """
-    by_first = {prefill.first: prefill for prefill in prefills}
+    unfinished = {prefill.first: prefill for prefill in prefills}
+    finished = {decode.first: decode for decode in decodes}
     return [
-        _Segment(i, first, end - first, by_first.get(first)) for i, (first, end) in enumerate(pairwise(query_start))
+        _Segment(i, first, end - first, unfinished.get(first), finished.get(first))
+        for i, (first, end) in enumerate(pairwise(query_start))
     ]

@@ -8,6 +8,9 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 | [num_sink, forced_from)        | rated   | the best of them fill the remaining places          |
 | [forced_from, P)               | forced  | window, recent, block tail: stay, always propagate  |
 | [m * block_size, P), in forced | tail    | never moved: it lies in the last, partial block     |
+
+Where entries are evicted while decoding, a choice of the same kind follows whenever a block after the prompt is full:
+as many entries as the kept pages hold, out of these and that block, forced ones by order instead of position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +42,7 @@ class PromptPlan:
         num_recent: last tokens that always stay, the window among them.
         is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean, and the most it can be
             where a halting rule may ask for less.
+        evicts: a block that is full after the prompt is chosen from together with the kept pages, and goes back.
     """
 
     num_tokens: int
@@ -50,6 +54,7 @@ class PromptPlan:
     num_sink: int
     num_recent: int
     is_ragged: bool = False
+    evicts: bool = False
 
     @property
     def num_whole_blocks(self) -> int:
@@ -67,8 +72,11 @@ class PromptPlan:
 
     @property
     def least_pages(self) -> int:
-        """Least pages of any (layer, KV head): sinks, recent ones before the tail, and room for a choice."""
-        forced = self.num_sink + max(self.num_recent - self.num_tail, 0)
+        """Least pages of any (layer, KV head): sinks, recent ones before the tail, and room for a choice.
+
+        There is no tail when a block is evicted: all recent ones need room then.
+        """
+        forced = self.num_sink + max(self.num_recent - (0 if self.evicts else self.num_tail), 0)
         return -(-(forced + 1) // self.block_size)
 
     @property
@@ -95,6 +103,8 @@ class PromptPlan:
 
     def peak_tokens(self, num_tokens: int) -> int:
         """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""
+        if self.evicts:
+            return min(num_tokens, self.num_tokens)  # a block beside its pages, which the prompt had, too
         return max(min(num_tokens, self.num_tokens), num_tokens - self.num_freed_blocks * self.block_size)
 
 
@@ -108,6 +118,7 @@ class StepPlan:
         null_blocks: requests of this step compressed in an earlier one -> leading null blocks of their table.
         partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
         compressed: requests that hold compressed pages after this step; workers forget all others' page tables.
+        evicting: requests compressed in an earlier step whose last block is full after this one: it is given back.
     """
 
     prefills: Mapping[str, PromptPlan]
@@ -115,6 +126,7 @@ class StepPlan:
     null_blocks: Mapping[str, int]
     partial: frozenset[str]
     compressed: frozenset[str]
+    evicting: frozenset[str] = frozenset()
 
 
 def plan_prompt(
@@ -130,6 +142,7 @@ def plan_prompt(
     num_recent: int = 0,
     is_ragged: bool = False,
     layers_keep_rows: bool = False,
+    evicts: bool = False,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -150,6 +163,7 @@ def plan_prompt(
         is_ragged: layers and KV heads share the pages unevenly.
         layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
             then raised to whole pages and the mean is lowered to them: together they always see what they keep.
+        evicts: entries are evicted while decoding.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -165,6 +179,7 @@ def plan_prompt(
         num_sink,
         max(window_size, num_recent),
         is_ragged,
+        evicts,
     )
     num_pages = (num_kept - tail) // block_size if layers_keep_rows else plan.num_pages
     num_pages = max(num_pages, plan.least_pages)

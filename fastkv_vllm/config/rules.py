@@ -87,6 +87,11 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     fill_in(config, "halting_loss", cls.default_halting_loss)
     loss = config.halting_loss
     check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
+    fill_in(config, "evict_while_decoding", cls.default_evict_while_decoding)
+    check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
+    if cls.layer_budgets in CUT_BUDGETS:
+        rule = f"false: in {config.method} what a layer keeps follows from its own cuts of the prompt"
+        check(not config.evict_while_decoding, "evict_while_decoding", rule, config)
     check_head_weights(config)
     check(is_number(config.head_beta) and 1 <= config.head_beta < math.inf, "head_beta", "a number >= 1", config)
     check(is_number(config.head_floor) and 0 <= config.head_floor <= 1, "head_floor", "in [0, 1]", config)

@@ -45,6 +45,8 @@ class CompressionConfig:
         head_floor: share of the even budget each head has of its own under "adaptive", [0, 1].
         halting_loss: share of the norm of the last query's attention that a layer may lose, (0, 1): it keeps no more
             pages than that takes, and the budget is a ceiling; None: the method's own, which may be no such rule.
+        evict_while_decoding: whether a full block of entries after the prompt is chosen from together with what the
+            prompt kept, and as many entries stay as before; None: the method's own. Without it they all stay.
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
@@ -74,6 +76,7 @@ class CompressionConfig:
     pyramid_beta: int = 20
     head_floor: float = 0.2
     halting_loss: float | None = None
+    evict_while_decoding: bool | None = None
     min_tokens: int = 512
     allow_request_override: bool = True
     min_retention_ratio: float = 0.0
@@ -222,6 +225,7 @@ class CompressionConfig:
             num_after_image: of them, those after its last image; 0: none or no image.
         """
         assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
+        assert self.evict_while_decoding is not None, "filled in by __post_init__"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
         cls = method_class(self.method)
@@ -245,4 +249,5 @@ class CompressionConfig:
             num_recent=num_recent,
             is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
+            evicts=self.evict_while_decoding,
         )

@@ -28,8 +28,8 @@ class Method(ABC):
         most_voters_after_image: where a prompt has an image, so many of the tokens after the last one vote at most, not
             the last `window_size`; 0: images make no difference.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
-            default_halting_loss: the fields of CompressionConfig without `default_`, when the configuration does not
-            say.
+            default_halting_loss, default_evict_while_decoding: the fields of CompressionConfig without `default_`,
+            when the configuration does not say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
@@ -52,6 +52,7 @@ class Method(ABC):
     default_decay: ClassVar[float | None] = None
     default_halting_loss: ClassVar[float | None] = None
     schedule_artefact: ClassVar[str | None] = None
+    default_evict_while_decoding: ClassVar[bool] = False
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 
@@ -71,7 +72,7 @@ class Method(ABC):
         Args, the subset named by `needs`, N entries in order of position:
             queries: roped and scaled queries of those who vote, the last W tokens, [W, Hq, D].
             keys: roped keys, [H, N, D].
-            positions: positions of the entries in the text, [N], int64.
+            positions: positions of the entries in the text, [N], int64; their order where heads hold different ones.
             column_sums: attention each entry got from all queries up to the last, [H, N] float32, see
                 `kernels.column_sums`.
 

@@ -24,3 +24,4 @@ class DBudgetKV(StreamingLLM):
     source: ClassVar[str] = "arXiv 2502.16886, section 3"
     default_retention_ratio: ClassVar[float] = 0.9
     default_halting_loss: ClassVar[float | None] = 0.01
+    default_evict_while_decoding: ClassVar[bool] = False

@@ -43,4 +43,5 @@ class DuoAttention(StreamingLLM):
     source: ClassVar[str] = "arXiv 2410.10819, section 3"
     default_num_sink: ClassVar[int] = 64
     default_retention_ratio: ClassVar[float] = 0.5
+    default_evict_while_decoding: ClassVar[bool] = False
     head_budgets: ClassVar[str] = "retrieval"

@@ -37,6 +37,7 @@ class LazyLLM(TOVA):
     source: ClassVar[str] = "arXiv 2407.14057, section 3"
     propagates: ClassVar[bool] = True
     default_retention_ratio: ClassVar[float] = 0.5
+    default_evict_while_decoding: ClassVar[bool] = False
     layer_budgets: ClassVar[str] = "seen"
 
     def propagation_scores(self, scores: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         decay=config.decay,
         value_norms=config.value_norms,
         halting_loss=config.halting_loss,
+        period=BLOCK_SIZE if plan.evicts else None,
+        num_recent=plan.num_recent,
     )
 
 
@@ -62,6 +64,11 @@ def freed_blocks(plan: PromptPlan, generation: Generation) -> int:
     """Blocks that a prompt gives back whose pages are shared as the reference has kept entries."""
     heads = [len(head) - plan.num_tail for layer in generation.kept for head in layer]
     return plan.num_whole_blocks - -(-sum(heads) // (plan.block_size * len(heads)))
+
+
+def blocks_filled(num_context: int, num_tokens: int) -> int:
+    """Blocks filled after the context by a text of so many tokens, the last of which is not computed."""
+    return (num_tokens - 1) // BLOCK_SIZE - num_context // BLOCK_SIZE
 
 
 def reference(

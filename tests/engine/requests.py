@@ -5,7 +5,7 @@ from collections import Counter
 
 from fastkv_vllm.config import CompressionConfig
 from tests.engine.harness import sampling
-from tests.engine.oracle import clear, freed_blocks, make_prompts, plan_of, reference
+from tests.engine.oracle import blocks_filled, clear, freed_blocks, make_prompts, plan_of, reference
 from tests.engine.settings import REQUESTS
 
 LENGTHS = [1111, 700, 832, 500, 1300, 640, 901, 333, 777, 1024]
@@ -67,6 +67,7 @@ def expected_counts(engine, asked, max_tokens):
             "prompt_tokens_seen": len(prompt),
             "prompt_tokens_kept": kept,
             "blocks_freed": freed,
+            "decode_blocks_freed": blocks_filled(len(prompt), len(prompt) + max_tokens) if plan.evicts else 0,
         }
         expected.update({(config.method, name): count for name, count in figures.items()})
     return expected

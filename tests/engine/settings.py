@@ -4,6 +4,7 @@ from tests.engine.oracle import make_prompts
 
 SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
 TSP = SMALL | {"tsp_layer": 3, "tsp_ratio": 0.3}
+EVICTING = {"evict_while_decoding": True}
 CUTS = SMALL | {"tsp_layer": [2, 4, 5], "tsp_ratio": [0.6, 0.4, 0.3]}
 METHODS = {
     "fastkv": TSP,
@@ -49,6 +50,8 @@ REQUESTS = {
     "vatp": ("vatp", SMALL | {"budget": 100, "retention_ratio": None}),
     "h2o": ("h2o", SMALL),
     "adakv": ("adakv", SMALL | {"retention_ratio": 0.25}),
+    "adakv-evicting": ("adakv", SMALL | EVICTING),
+    "fastkv-evicting": ("fastkv", TSP | EVICTING),
     "headkv": ("headkv", SMALL | {"head_weights": WEIGHTS}),
     "streamingllm": ("streamingllm", SMALL | {"retention_ratio": 0.1}),
     "dbudgetkv": ("dbudgetkv", HALTING),

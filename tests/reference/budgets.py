@@ -30,7 +30,7 @@ def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor
         return [[drop.num_kept] * num_heads] * num_layers
     size, tail = drop.block_size, num_tokens % drop.block_size
     mean = (drop.num_kept - tail) // size
-    forced = sum(drop.is_forced(p) for p in range(num_tokens - tail))
+    forced = drop.num_forced(num_tokens - tail)
     least = (forced + 1 + size - 1) // size
     most = [(len(seen) - tail) // size for seen in positions]
     if drop.head_budgets in ("importance", "retrieval"):
@@ -79,7 +79,7 @@ def halt(
         attention: of the last query in each layer, [Hq, n].
     """
     tail = num_tokens % drop.block_size
-    forced = sum(drop.is_forced(p) for p in range(num_tokens - tail))
+    forced = drop.num_forced(num_tokens - tail)
     halted = []
     for row, *layer in zip(counts, scores, positions, attention, strict=True):
         losses = losses_by_count(drop, *layer, num_tokens - tail)

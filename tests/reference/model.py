@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.reference.budgets
+import tests.reference.eviction
 from tests.reference.images import image_rows
 from tests.reference.scores import (
     all_query_scores,
@@ -41,11 +42,17 @@ class Generation:
 
 @dataclass
 class _Layer:
-    """Weights of one layer by short name, and its cache of roped keys and values, of each head [N, D]."""
+    """Weights of one layer by short name, and its cache of roped keys and values, of each head [N, D].
+
+    queries: of the last tokens, those that may vote, [Hq, at most window_size, D].
+    votes: of all queries for each entry, of each head [N]; empty where they do not vote.
+    """
 
     weights: dict[str, Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    queries: Tensor
+    votes: list[Tensor]
 
 
 class ReferenceModel:
@@ -98,16 +105,16 @@ class ReferenceModel:
     ) -> Generation:
         """Decode greedily for max_tokens tokens, whatever they are: no token stops it.
 
-        Prefill attention runs over all entries the layer sees; drop applies once, after it. What is
-        generated stays. With num_context the drop comes after so many prompt tokens, and the rest of the prompt is
-        read token by token, as if it had been generated.
+        Prefill attention runs over all entries the layer sees; drop applies once, after it. What is generated stays,
+        unless the drop has a period. With num_context the drop comes after so many prompt tokens, and the rest of the
+        prompt is read token by token, as if it had been generated.
 
         Raises: ValueError if drop does not fit the prompt.
         """
         num_context = len(prompt) if num_context is None else num_context
         hidden, layers, kept, tsp_indices = self._prefill(prompt[:num_context], drop)
         for position in range(num_context, len(prompt)):
-            hidden = self._decode(layers, prompt[position], position)
+            hidden = self._decode(layers, prompt[position], position, drop)
         tokens, logprobs, margins = [], [], []
         while True:
             logits = self._head(hidden[-1])
@@ -117,7 +124,7 @@ class ReferenceModel:
             margins.append(float(best[0] - best[1]))
             if len(tokens) == max_tokens:
                 return Generation(tokens, logprobs, margins, kept, tsp_indices)
-            hidden = self._decode(layers, tokens[-1], position=len(prompt) + len(tokens) - 1)
+            hidden = self._decode(layers, tokens[-1], len(prompt) + len(tokens) - 1, drop)
 
     def _prefill(
         self, prompt: Sequence[int], drop: Drop | None
@@ -131,10 +138,14 @@ class ReferenceModel:
         for index, weights in enumerate(self.layer_weights):
             queries, keys, values = self._project(weights, hidden, positions)
             hidden = self._finish(weights, hidden, _attend(queries, keys, values))
-            layers.append(_Layer(weights, list(keys), list(values)))
+            layers.append(_Layer(weights, list(keys), list(values), queries, []))
             seen.append(positions)
             if drop is not None:
-                rated.append(_score(queries, keys, values, positions, drop))
+                layers[-1].queries = queries[:, -drop.window_size :]
+                votes = _votes(queries, keys, positions, drop)
+                if drop.decay is not None:
+                    layers[-1].votes = list(votes)
+                rated.append(votes * value_norms(values)[:, : votes.shape[1]] if drop.value_norms else votes)
                 attention.append(last_query_attention(queries, keys))
                 for _, num_rows in (cut for cut in drop.cuts if cut[0] == index):
                     chosen = _select(sum(rated[-1]), positions, num_rows, drop)
@@ -149,17 +160,28 @@ class ReferenceModel:
             for layer, scores, rows, numbers in zip(layers, rated, seen, counts, strict=True):
                 stay = [_select(head, rows, number, drop) for head, number in zip(scores, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
+                if layer.votes:
+                    layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
         return hidden, layers, kept, tsp_indices
 
-    def _decode(self, layers: list[_Layer], token: int, position: int) -> Tensor:
-        """Run one token, append its entries to every cache, return its hidden row, [1, hidden_size]."""
+    def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
+        """Run one token, append its entries to every cache, return its hidden row, [1, hidden_size].
+
+        With a period the caches may then lose as many entries as it says.
+        """
         hidden = self._embed([token])
         for layer in layers:
             queries, keys, values = self._project(layer.weights, hidden, torch.tensor([position]))
             layer.keys = [torch.cat(pair) for pair in zip(layer.keys, keys, strict=True)]
             layer.values = [torch.cat(pair) for pair in zip(layer.values, values, strict=True)]
             hidden = self._finish(layer.weights, hidden, _attend(queries, layer.keys, layer.values))
+            if drop is not None and drop.period is not None:
+                layer.queries = torch.cat([layer.queries, queries], dim=1)[:, -drop.window_size :]
+                if layer.votes:
+                    layer.votes = tests.reference.eviction.add_votes(layer.votes, queries, layer.keys, drop)
+                if (position + 1) % drop.period == 0:
+                    _evict(layer, drop)
         return hidden
 
     def _layer_weights(self, weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -231,19 +253,29 @@ def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
-def _score(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, drop: Drop) -> Tensor:
-    """Importance of the rows, [H, n or n - window_size]; without scores, how late a row is."""
+def _votes(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tensor:
+    """Importance of the rows but for their values, [H, n or n - window_size]; without scores, how late a row is."""
     if not drop.has_scores:
         return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
     if drop.method == "pyramidinfer":
-        scores = recent_query_scores(queries, keys, drop.num_voters).expand(keys.shape[0], -1)
-    elif drop.method in ("tova", "lazyllm"):
-        scores = last_query_scores(queries, keys).expand(keys.shape[0], -1)
-    elif drop.decay is not None:
-        scores = all_query_scores(queries, keys, drop.decay)
-    else:
-        scores = window_scores(queries, keys, drop)
-    return scores * value_norms(values)[:, : scores.shape[1]] if drop.value_norms else scores
+        return recent_query_scores(queries, keys, drop.num_voters).expand(keys.shape[0], -1)
+    if drop.method in ("tova", "lazyllm"):
+        return last_query_scores(queries, keys).expand(keys.shape[0], -1)
+    if drop.decay is not None:
+        return all_query_scores(queries, keys, drop.decay)
+    return window_scores(queries, keys, drop)
+
+
+def _evict(layer: _Layer, drop: Drop) -> None:
+    """Take `period` entries from each head, by scores anew."""
+    scores = tests.reference.eviction.rate(layer.queries, layer.keys, layer.values, layer.votes, drop)
+    for head, rating in enumerate(scores):
+        order = torch.arange(len(layer.keys[head]))
+        rules = tests.reference.eviction.by_order(drop, len(order))
+        stay = _select(rating, order, len(order) - drop.period, rules)
+        for cache in (layer.keys, layer.values, layer.votes):
+            if cache:
+                cache[head] = cache[head][stay]
 
 
 def _select(scores: Tensor, positions: Tensor, count: int, drop: Drop) -> Tensor:

@@ -35,6 +35,9 @@ class Drop:
     decay: weight of a row's votes relative to the next one's, where all vote.
     value_norms: scores are multiplied by the L1 norms of the values.
     halting_loss: a layer keeps no more pages than it needs to lose at most this share of the last query's norm.
+    period: after the prompt, whenever the text's length is a multiple of it, heads choose anew as many entries as they
+        held in multiples of it when the prompt ended; None: what is generated stays.
+    num_recent: last entries that always stay then.
     """
 
     method: str
@@ -57,6 +60,8 @@ class Drop:
     decay: float | None = None
     value_norms: bool = False
     halting_loss: float | None = None
+    period: int | None = None
+    num_recent: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
@@ -79,6 +84,12 @@ class Drop:
 
     def is_forced(self, position: int) -> bool:
         return position < self.num_sink or position >= self.forced_from
+
+    def num_forced(self, num_whole: int) -> int:
+        """Entries of the num_whole tokens before the tail that need room, then or when a head chooses anew."""
+        if self.period is not None:
+            return self.num_sink + self.num_recent
+        return sum(self.is_forced(p) for p in range(num_whole))
 
     def check_fits(self, num_tokens: int, num_layers: int) -> None:
         """Raise ValueError if a window column of the prompt is not forced or a cut's layer does not exist."""
