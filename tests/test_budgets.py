@@ -11,6 +11,7 @@ from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.page_tables import page_tables
 from fastkv_vllm.kernels.select import select, select_ragged
+from fastkv_vllm.methods.density import by_density
 from tests.reference.budgets import hand_out
 
 NUM_LAYERS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM = 4, 2, 32, 32
@@ -42,7 +43,7 @@ def test_a_total_outside_the_bounds_is_refused(total: int) -> None:
         share_pages([2.0, 2.0], total, low=[1, 2], high=[4, 4])
 
 
-@pytest.mark.parametrize("layers", ["uniform", "pyramid"])
+@pytest.mark.parametrize("layers", ["uniform", "pyramid", "density"])
 @pytest.mark.parametrize("heads", ["uniform", "adaptive"])
 @pytest.mark.parametrize("num_tokens", [640, 703, 2000])
 def test_pages_add_up(layers: str, heads: str, num_tokens: int) -> None:
@@ -50,12 +51,27 @@ def test_pages_add_up(layers: str, heads: str, num_tokens: int) -> None:
     plan = config.plan(num_tokens, BLOCK_SIZE)
     generator = torch.Generator().manual_seed(num_tokens)
     scores = [torch.rand(NUM_HEADS, num_tokens - plan.num_tail, generator=generator) for _ in range(NUM_LAYERS)]
-    pages = config.make_allocator().pages(plan, scores, NUM_HEADS)
+    densities = [0.02, 0.9, 0.4, 0.1]  # the second asks for more than there is, the first for less than a page
+    pages = config.make_allocator().pages(plan, scores, NUM_HEADS, densities)
     assert pages.shape == (NUM_LAYERS, NUM_HEADS) and int(pages.sum()) == plan.num_pages * pages.numel()
     assert int(pages.min()) >= plan.least_pages and int(pages.max()) <= plan.num_whole_blocks
     assert plan.is_ragged == ((layers, heads) != ("uniform", "uniform"))
+    if layers == "density":
+        rising = pages.sum(dim=1)[[0, 3, 2, 1]].tolist()
+        assert rising == sorted(rising) and rising[0] < rising[-1]
     if layers == "pyramid":
         assert pages.sum(dim=1).tolist() == sorted(pages.sum(dim=1).tolist(), reverse=True)
+
+
+def test_layers_get_the_mean_by_their_density_within_its_bounds() -> None:
+    """Of 10 pages a layer: in proportion to 1, 2, 3; then all of 40 and 1 % of it, which is evened out."""
+    config = CompressionConfig("snapkv", budget=320, layer_budgets="density")
+    plan = config.plan(1280, BLOCK_SIZE)
+    assert by_density(plan, [1, 2, 3]) == [160, 320, 480]
+    assert by_density(plan, [1, 1e-9, 1e-9, 1e-9, 1e-9]) == [1280, *[12.8] * 4]
+    scores = [torch.zeros(2, 1280)] * 5
+    pages = config.make_allocator().pages(plan, scores, 2, [1, 1e-9, 1e-9, 1e-9, 1e-9])
+    assert pages.tolist() == [[40, 40], [3, 3], [3, 3], [2, 2], [2, 2]]
 
 
 def test_importance_shares_a_beta_th_of_the_budget() -> None:
@@ -87,7 +103,7 @@ def test_a_head_with_the_layers_best_gets_more() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"layer_budgets": "square"}, "layer_budgets must be one of uniform, pyramid; got 'square'"),
+        ({"layer_budgets": "square"}, "layer_budgets must be one of uniform, pyramid, density; got 'square'"),
         ({"head_budgets": 3}, "head_budgets must be one of uniform, adaptive, retrieval, importance; got 3"),
         ({"head_floor": 1.5}, r"head_floor must be in \[0, 1\]; got 1.5"),
         ({"pyramid_beta": 0}, "pyramid_beta must be an integer >= 1; got 0"),

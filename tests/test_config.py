@@ -195,7 +195,7 @@ BAD = [
     *[(name, None, "an integer >= 1") for name in ("window_size", "kernel_size", "min_tokens")],
     *[("kernel_size", value, "odd") for value in (2, 8)],
     *[("pooling", value, "one of max, avg") for value in ("sum", "MAX", "", None, 1, ["max"])],
-    *[("layer_budgets", value, "one of uniform, pyramid") for value in ("square", "", 1)],
+    *[("layer_budgets", value, "one of uniform, pyramid, density") for value in ("square", "", 1)],
     *[("head_budgets", value, "one of uniform, adaptive, retrieval, importance") for value in ("pyramid", 1.0)],
     *[("head_beta", value, "a number >= 1") for value in (0.99, "2", None, True, math.inf)],
     *[("streaming_tokens", value, "an integer >= 1") for value in (0, 1.5, None)],
@@ -463,6 +463,19 @@ def test_method_gets_its_fields(method: str) -> None:
     made = CompressionConfig(method, window_size=4, kernel_size=3, pooling="avg").make_method()
     assert type(made) is method_class(method)
     assert (made.window_size, made.kernel_size, made.pooling) == (4, 3, "avg")
+
+
+def test_tokens_after_the_last_image_vote_where_the_method_asks_for_them() -> None:
+    voters = [CompressionConfig("vl_cache").plan(1280, 32, n).num_voters for n in (0, 3, 40, 400)]
+    assert voters == [8, 3, 40, 50]
+    assert CompressionConfig("snapkv").plan(1280, 32, 40) == CompressionConfig("snapkv").plan(1280, 32)
+
+
+def test_density_needs_votes_of_the_last_queries() -> None:
+    assert CompressionConfig("tova", layer_budgets="density").layer_budgets == "density"
+    for method in ("h2o", "streamingllm"):
+        with pytest.raises(ValueError, match="layer_budgets must be one of uniform, pyramid; got 'density'"):
+            CompressionConfig(method, layer_budgets="density")
 
 
 def test_plan_turns_ratios_and_counts_into_entries() -> None:

@@ -33,7 +33,9 @@ def composition_table() -> str:
         is_even = config.head_budgets == UNIFORM
         cells = [
             f"`{name}`",
-            next((votes[need] for need in cls.needs if need in votes), "nobody"),
+            "queries after the last image"
+            if cls.most_voters_after_image
+            else next((votes[need] for need in cls.needs if need in votes), "nobody"),
             "its own schedule" if cls.layer_budgets in CUT_BUDGETS else "yes" if cls.propagates else "no",
             "one choice for all heads"
             if cls.one_choice

@@ -13,6 +13,7 @@ from fastkv_vllm.kernels.select import select
 from fastkv_vllm.methods import (
     Method,
     add_heads,
+    density,
     halting_pages,
     kept_norms,
     last_attention,
@@ -22,11 +23,16 @@ from fastkv_vllm.methods import (
 )
 from tests.reference import Drop
 from tests.reference.budgets import halt
+from tests.reference.scores import voters_density, voters_scores
 
 WINDOW, HEADS, GROUP, HEAD_DIM = 8, 2, 4, 64
 EACH_METHOD = pytest.mark.parametrize("name", method_names())
 ONE_CHOICE = [name for name in method_names() if method_class(name).one_choice]
-WINDOW_METHODS = [name for name in method_names() if "queries" in method_class(name).needs and name not in ONE_CHOICE]
+WINDOW_METHODS = [  # those that pool over positions
+    name
+    for name in method_names()
+    if "queries" in method_class(name).needs and name not in ONE_CHOICE and name != "vl_cache"
+]
 PROPAGATING = [name for name in method_names() if method_class(name).propagates]
 
 
@@ -162,6 +168,19 @@ def test_the_halting_rule_stays_within_its_bounds() -> None:
     norms = torch.tensor([0.5, 0.8, 0.9, 1.0])
     assert [halting_pages(norms, loss, least=1) for loss in (0.6, 0.3, 0.15, 0.01)] == [1, 2, 3, 3]
     assert halting_pages(norms, 0.6, least=2) == 2
+
+
+@pytest.mark.parametrize("num_voters", [1, WINDOW, 50])
+@pytest.mark.parametrize("num_tokens", [50, 211])
+def test_vl_cache_adds_up_what_the_voters_look_at(num_voters: int, num_tokens: int) -> None:
+    inputs = make_inputs(num_tokens)
+    queries = torch.randn(num_voters, HEADS * GROUP, HEAD_DIM, generator=torch.Generator().manual_seed(1)) / 3
+    rows = torch.cat([torch.zeros(num_tokens - num_voters, *queries.shape[1:]), queries]).transpose(0, 1)
+    expected = voters_scores(rows * HEAD_DIM**0.5, inputs["keys"], num_voters)
+    torch.testing.assert_close(score("vl_cache", {"queries": queries, "keys": inputs["keys"]}), expected)
+    dense = voters_density(rows.double() * HEAD_DIM**0.5, inputs["keys"].double(), num_voters)
+    assert density(queries, inputs["keys"]).tolist() == pytest.approx(dense, rel=1e-6)
+    assert len(set(dense)) > 1 and max(dense) < 1, "the test needs heads that look at part of the keys"
 
 
 def test_tova_asks_the_last_query_only() -> None:

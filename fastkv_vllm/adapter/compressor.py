@@ -14,7 +14,7 @@ from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.kernels.select import select, select_ragged
-from fastkv_vllm.methods import halting_pages, kept_norms, last_attention
+from fastkv_vllm.methods import DENSITY, density, halting_pages, kept_norms, last_attention
 
 _Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
@@ -39,6 +39,7 @@ class Compressor:
         kept: request -> columns of each layer that stay before the tail, head after head, of prompts that ended in
             this step and whose entries are evicted while decoding.
         halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
+        densities: request -> density of each layer added over all heads, of prompts whose layers share by it.
         windows: (request, layer) -> queries of the voters by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
         stash: request -> residual rows after its first cut by position, [P, hidden].
@@ -60,6 +61,7 @@ class Compressor:
         self.scored: dict[str, list[torch.Tensor]] = {}
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
+        self.densities: dict[str, list[float]] = {}
         self._moves: list[_Move] = []
 
     def use_cache(self, kv_caches: Sequence[torch.Tensor], isa: str) -> None:
@@ -80,6 +82,7 @@ class Compressor:
         self.scored.clear()
         self.kept.clear()
         self.halted.clear()
+        self.densities.clear()
         self._moves.clear()
 
     def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
@@ -130,6 +133,10 @@ class Compressor:
                 if prefill.destination is None:
                     continue
                 scores = prefill.recipe.method.score(**inputs)
+                if prefill.recipe.config.layer_budgets == DENSITY:
+                    of_heads = density(inputs["queries"], inputs["keys"]).sum(dim=0, keepdim=True)
+                    of_layer = float(tensor_model_parallel_all_reduce(of_heads))
+                    self.densities.setdefault(prefill.request_id, []).append(of_layer)
                 if prefill.recipe.config.value_norms:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
             with self._timed("select_us"):
@@ -197,7 +204,8 @@ class Compressor:
         plan, pool = prefill.plan, self.pool
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
         with self._timed("select_us"):
-            counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads)
+            densities = self.densities.get(prefill.request_id, ())
+            counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads, densities)
             if prefill.request_id in self.halted:
                 counts = counts.minimum(torch.tensor(self.halted[prefill.request_id]).unsqueeze(1))
             held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)

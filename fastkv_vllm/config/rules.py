@@ -7,7 +7,16 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fastkv_vllm.kernels.window_scores import POOLINGS
-from fastkv_vllm.methods import CUT_BUDGETS, HEAD_BUDGETS, LAYER_BUDGETS, MODEL_BUDGETS, UNIFORM, Method, method_class
+from fastkv_vllm.methods import (
+    CUT_BUDGETS,
+    DENSITY,
+    HEAD_BUDGETS,
+    LAYER_BUDGETS,
+    MODEL_BUDGETS,
+    UNIFORM,
+    Method,
+    method_class,
+)
 
 if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
@@ -77,7 +86,11 @@ def _complete_shares(config: "CompressionConfig", cls: type[Method]) -> None:
 
 
 def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
-    for name, known in (("layer_budgets", LAYER_BUDGETS), ("head_budgets", HEAD_BUDGETS | MODEL_BUDGETS)):
+    by_votes = [DENSITY] if "queries" in cls.needs else []  # of the last queries' rows
+    for name, known in (
+        ("layer_budgets", [*LAYER_BUDGETS, *by_votes]),
+        ("head_budgets", [*HEAD_BUDGETS, *MODEL_BUDGETS]),
+    ):
         fill_in(config, name, getattr(cls, name))
         names = [getattr(cls, name)] if getattr(cls, name) in CUT_BUDGETS else [UNIFORM, *known]
         check(getattr(config, name) in names, name, f"one of {', '.join(names)}", config)

@@ -34,7 +34,8 @@ class CompressionConfig:
         decay: weight of a query's votes relative to the next one's, (0, 1], where all queries vote; None: the method's.
         kernel_size: width of the pooling over positions, odd.
         pooling: "max" (FastKV v3) or "avg" (v1, v2).
-        layer_budgets: how layers share the budget, "uniform" or "pyramid"; None: the method's own.
+        layer_budgets: how layers share the budget, "uniform", "pyramid" or (where the last queries vote) "density";
+            None: the method's own.
         head_budgets: how the KV heads of a layer share its budget, "uniform" or "adaptive", or how those of all layers
             share all of it, "importance" or "retrieval"; None: the method's own.
         head_weights: what was measured of the model's heads, for "importance" and "retrieval": path of the file that

@@ -13,6 +13,7 @@ from fastkv_vllm.methods.budgets import (
     BudgetOptions,
 )
 from fastkv_vllm.methods.dbudgetkv import DBudgetKV
+from fastkv_vllm.methods.density import DENSITY, density
 from fastkv_vllm.methods.duoattention import DuoAttention
 from fastkv_vllm.methods.fastkv import FastKV
 from fastkv_vllm.methods.h2o import H2O
@@ -26,10 +27,12 @@ from fastkv_vllm.methods.snapkv import SnapKV
 from fastkv_vllm.methods.streamingllm import StreamingLLM
 from fastkv_vllm.methods.tova import TOVA
 from fastkv_vllm.methods.vatp import VATP
+from fastkv_vllm.methods.vl_cache import VLCache
 
 __all__ = [
     "A2SF",
     "CUT_BUDGETS",
+    "DENSITY",
     "H2O",
     "HEAD_BUDGETS",
     "LAYER_BUDGETS",
@@ -50,7 +53,9 @@ __all__ = [
     "PyramidKV",
     "SnapKV",
     "StreamingLLM",
+    "VLCache",
     "add_heads",
+    "density",
     "halting_pages",
     "kept_norms",
     "last_attention",

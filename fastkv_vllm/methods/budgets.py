@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastkv_vllm.cache import PromptPlan, share_pages
+from fastkv_vllm.methods.density import DENSITY, by_density
 
 UNIFORM = "uniform"
 
@@ -63,7 +64,8 @@ class Allocator:
     """Layers share the prompt's pages, then the KV heads of a layer share that layer's.
 
     Fields:
-        layers: "uniform" or a name in LAYER_BUDGETS or CUT_BUDGETS; known from the prompt's length.
+        layers: "uniform", a name in LAYER_BUDGETS or CUT_BUDGETS (known from the prompt's length), or "density" (from
+            the attention of the voters in all layers).
         heads: "uniform", a name in HEAD_BUDGETS (from the scores of a layer's heads), or one in MODEL_BUDGETS, which
             shares the pages of all layers at once.
         options: numbers the two take.
@@ -77,7 +79,9 @@ class Allocator:
     def is_ragged(self) -> bool:
         return (self.layers, self.heads) != (UNIFORM, UNIFORM)
 
-    def pages(self, plan: PromptPlan, scores: Sequence[torch.Tensor], num_heads: int) -> torch.Tensor:
+    def pages(
+        self, plan: PromptPlan, scores: Sequence[torch.Tensor], num_heads: int, densities: Sequence[float] = ()
+    ) -> torch.Tensor:
         """Whole pages of each layer and KV head, tail excluded.
 
         Args:
@@ -85,6 +89,7 @@ class Allocator:
             scores: of each layer's entries before the tail, [H or 1, n_l] float32, forced ones at +inf; n_l is what
                 the layer saw, which bounds what it keeps.
             num_heads: KV heads of a layer (H).
+            densities: of each layer, see `by_density`, where layers share by them.
 
         Returns:
             [L, H] int64, plan.num_pages * L * H in all.
@@ -95,7 +100,8 @@ class Allocator:
             return self._model_pages(plan, most, num_heads)
         layer_pages = [plan.num_pages] * num_layers
         if self.layers != UNIFORM:
-            wanted = [n / size for n in (LAYER_BUDGETS | CUT_BUDGETS)[self.layers](plan, num_layers, self.options)]
+            wished = self._layer_wishes(plan, num_layers, densities)
+            wanted = [n / size for n in wished]
             low = [plan.least_pages] * num_layers
             layer_pages = share_pages(wanted, sum(layer_pages), low=low, high=most)
         pages = []
@@ -108,6 +114,13 @@ class Allocator:
             low = [plan.least_pages] * num_heads
             pages.append(share_pages(wanted, even * num_heads, low=low, high=[high] * num_heads))
         return torch.tensor(pages)
+
+    def _layer_wishes(self, plan: PromptPlan, num_layers: int, densities: Sequence[float]) -> list[float]:
+        """Wished entries of each layer, tail excluded, [L]."""
+        if self.layers == DENSITY:
+            assert len(densities) == num_layers, "one of each layer"
+            return by_density(plan, densities)
+        return (LAYER_BUDGETS | CUT_BUDGETS)[self.layers](plan, num_layers, self.options)
 
     def _model_pages(self, plan: PromptPlan, most: Sequence[int], num_heads: int) -> torch.Tensor:
         """Pages by what was measured of the model, [L, H]; `most` of each layer's heads, [L]."""

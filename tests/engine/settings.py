@@ -35,6 +35,8 @@ RAGGED = {
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
     "pyramidinfer-measured": ("pyramidinfer", {"min_tokens": 128, "layer_shares": [1.0, 0.8, 0.8, 0.8, 0.5, 0.4, 0.4]}),
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
+    "vl_cache": ("vl_cache", SMALL),
+    "fastkv-density": ("fastkv", TSP | {"layer_budgets": "density", "window_size": 20}),
     "dbudgetkv": ("dbudgetkv", HALTING),
     "snapkv-halting": ("snapkv", HALTING | {"halting_loss": 0.1, "layer_budgets": "pyramid"}),
     "fastkv-halting": ("fastkv", HALTING | {"tsp_layer": 3, "tsp_ratio": 0.7}),
@@ -58,5 +60,6 @@ REQUESTS = {
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
+    "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -1,7 +1,10 @@
 """Prompts with images: vision-language models are compressed as exactly as others."""
 
 import pytest
+import torch
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
+from fastkv_vllm.adapter.request import tokens_after_image
 from tests.engine.oracle import make_prompts
 from tests.engine.settings import SMALL, TSP
 from tests.reference.images import IMAGE_FAMILY, picture
@@ -12,7 +15,7 @@ TWO = TEXT[2] + picture(1) + TEXT[3] + picture(2) + TEXT[4]
 FIRST = picture(2) + TEXT[7]
 NEAR_THE_END = TEXT[7] + picture(1) + TEXT[8]
 NONE, SHORT = TEXT[6], TEXT[5]
-ENGINES = {"snapkv": SMALL, "fastkv": TSP}
+ENGINES = {"vl_cache": SMALL, "fastkv": TSP}
 
 
 @pytest.fixture(params=ENGINES, scope="module")
@@ -41,6 +44,27 @@ def test_preempted_before_and_after_compaction(engine):
     with engine.step_tokens(100), engine.watch(before=preempt):
         engine.check([TWO, MIDDLE, NONE], max_tokens=24)
     assert {p.compressed for p in engine.preemptions} == {True, False}
+
+
+def test_prefix_caching(start, checkpoints):
+    """Images are part of a block's hash: the same text with another image is another prompt."""
+    arguments = {"checkpoint": checkpoints(IMAGE_FAMILY), "skip_tokenizer_init": False, "enable_prefix_caching": True}
+    engine = start("vl_cache", SMALL, **arguments)
+    other = TEXT[0] + picture(1) + TEXT[1]
+    for _ in range(2):
+        outputs = engine.check([MIDDLE, other, NEAR_THE_END], max_tokens=16)
+    assert min(output.num_cached_tokens for output in outputs) > 300
+
+
+def test_tokens_after_the_last_image():
+    """Marks around an image, and those inside it, are text unless it goes on behind them."""
+    marks = torch.tensor([False, True, True, False, True, False])
+    images = [PlaceholderRange(offset=100, length=30), PlaceholderRange(offset=40, length=6, is_embed=marks)]
+    features = [MultiModalFeatureSpec(None, "image", str(i), position) for i, position in enumerate(images)]
+    assert [tokens_after_image(features, n) for n in (1000, 131, 130, 120, 100, 60, 45, 44, 41, 40)] == [
+        *(870, 1, 0, 0, 55, 15, 0, 1, 0, 0)
+    ]
+    assert tokens_after_image([], 1000) == 0
 
 
 def test_question_behind_a_compressed_context(engine):

@@ -16,7 +16,13 @@ def hand_out(wanted: Sequence[float], total: int, low: Sequence[int], high: Sequ
     return pages
 
 
-def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor], num_tokens: int) -> list[list[int]]:
+def kept_counts(
+    drop: Drop,
+    scores: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    num_tokens: int,
+    densities: Sequence[float] = (),
+) -> list[list[int]]:
     """Entries that stay of each layer and head, tail included, [L][H].
 
     Args:
@@ -24,6 +30,7 @@ def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor
         scores: of each layer, [H, n or n - window_size].
         positions: of the rows each layer saw, [n].
         num_tokens: tokens of the prompt.
+        densities: of each layer, where layers share by them.
     """
     num_layers, num_heads = len(scores), scores[0].shape[0]
     if drop.block_size is None:
@@ -43,6 +50,9 @@ def kept_counts(drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor
     layer_pages = [mean] * num_layers
     if drop.layer_budgets == "pyramid":
         wanted = [(n - tail) / size for n in pyramid(drop, num_layers, num_tokens)]
+        layer_pages = hand_out(wanted, mean * num_layers, [least] * num_layers, most)
+    if drop.layer_budgets == "density":
+        wanted = by_density(drop, densities, num_tokens, tail)
         layer_pages = hand_out(wanted, mean * num_layers, [least] * num_layers, most)
     if drop.layer_budgets in ("handed-on", "seen"):
         cuts, rows = dict(drop.cuts), [len(seen) for seen in positions]
@@ -124,6 +134,13 @@ def pyramid(drop: Drop, num_layers: int, num_tokens: int) -> list[float]:
     first = min(2 * even - least, num_tokens - drop.window_size)
     last = 2 * even - first
     return [first - layer * (first - last) / (num_layers - 1) + drop.window_size for layer in range(num_layers)]
+
+
+def by_density(drop: Drop, densities: Sequence[float], num_tokens: int, tail: int) -> list[float]:
+    """VL-Cache's budgets, pages of each layer before the tail: arXiv 2410.23317, section 4.2."""
+    ratio = drop.num_kept / num_tokens
+    shares = [value / sum(densities) * ratio * len(densities) for value in densities]
+    return [(min(1.0, max(0.01, share)) * num_tokens - tail) / drop.block_size for share in shares]
 
 
 def best_by_head(drop: Drop, scores: Tensor, positions: Sequence[int], count: int, tail_from: int) -> list[int]:

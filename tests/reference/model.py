@@ -19,6 +19,8 @@ from tests.reference.scores import (
     last_query_scores,
     recent_query_scores,
     value_norms,
+    voters_density,
+    voters_scores,
 )
 from tests.reference.selection import Drop, select_positions, window_scores
 
@@ -132,7 +134,7 @@ class ReferenceModel:
         """Run the prompt: the last layer's hidden rows, the layers after dropping, kept and tsp_indices."""
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
-        layers, seen, rated, attention, tsp_indices = [], [], [], [], []
+        layers, seen, rated, attention, tsp_indices, densities = [], [], [], [], [], []
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
         for index, weights in enumerate(self.layer_weights):
@@ -147,6 +149,9 @@ class ReferenceModel:
                     layers[-1].votes = list(votes)
                 rated.append(votes * value_norms(values)[:, : votes.shape[1]] if drop.value_norms else votes)
                 attention.append(last_query_attention(queries, keys))
+                if drop.layer_budgets == "density":
+                    of_heads = voters_density(queries, keys, drop.num_voters)
+                    densities.append(sum(of_heads) / len(of_heads))
                 for _, num_rows in (cut for cut in drop.cuts if cut[0] == index):
                     chosen = _select(sum(rated[-1]), positions, num_rows, drop)
                     hidden = hidden[torch.searchsorted(positions, chosen)]
@@ -154,7 +159,7 @@ class ReferenceModel:
                     tsp_indices.append(chosen)
         kept = []
         if drop is not None:
-            counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt))
+            counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt), densities)
             if drop.halting_loss is not None:
                 counts = tests.reference.budgets.halt(drop, counts, rated, seen, attention, len(prompt))
             for layer, scores, rows, numbers in zip(layers, rated, seen, counts, strict=True):
@@ -259,6 +264,8 @@ def _votes(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tens
         return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
     if drop.method == "pyramidinfer":
         return recent_query_scores(queries, keys, drop.num_voters).expand(keys.shape[0], -1)
+    if drop.method == "vl_cache":
+        return voters_scores(queries, keys, drop.num_voters)
     if drop.method in ("tova", "lazyllm"):
         return last_query_scores(queries, keys).expand(keys.shape[0], -1)
     if drop.decay is not None:

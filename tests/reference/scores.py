@@ -68,6 +68,45 @@ def recent_query_scores(queries: Tensor, keys: Tensor, num_recent: int) -> Tenso
     return scores
 
 
+def voters_scores(queries: Tensor, keys: Tensor, num_voters: int) -> Tensor:
+    """Attention that every key gets from the last queries, per KV head.
+
+    Args:
+        queries: roped queries of the layer, [Hq, n, D], float32 or float64.
+        keys: roped keys of the layer, [H, n, D], same dtype.
+        num_voters: queries that vote.
+    Returns: [H, n], same dtype.
+    Source: VL-Cache, arXiv 2410.23317.
+    """
+    num_heads, num_rows, _ = queries.shape
+    group_size = num_heads // keys.shape[0]
+    scores = torch.zeros(keys.shape[0], num_rows, dtype=queries.dtype)
+    for head in range(num_heads):
+        kv_head = head // group_size
+        for row in range(num_rows - num_voters, num_rows):
+            scores[kv_head, : row + 1] += _probabilities(queries[head, row], keys[kv_head, : row + 1])
+    return scores
+
+
+def voters_density(queries: Tensor, keys: Tensor, num_voters: int) -> list[float]:
+    """Share of what the last queries see that has 1 % of the attention of their row's maximum or more, [Hq].
+
+    Args: see `voters_scores`.
+    Source: VL-Cache, arXiv 2410.23317: 1 - sparsity.
+    """
+    num_heads, num_rows, _ = queries.shape
+    group_size = num_heads // keys.shape[0]
+    densities = []
+    for head in range(num_heads):
+        dense, seen = 0, 0
+        for row in range(num_rows - num_voters, num_rows):
+            attention = _probabilities(queries[head, row], keys[head // group_size, : row + 1])
+            dense += int((attention >= 0.01 * attention.max()).sum())
+            seen += row + 1
+        densities.append(dense / seen)
+    return densities
+
+
 def last_query_attention(queries: Tensor, keys: Tensor) -> Tensor:
     """Attention of the last query to every key: queries [Hq, n, D], keys [H, n, D] -> [Hq, n], same dtype."""
     group_size = queries.shape[0] // keys.shape[0]

@@ -11,8 +11,9 @@ from torch import Tensor
 _WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
 _NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv")
+_VOTERS = ("vl_cache",)
 _ONE_CHOICE = ("tova", "lazyllm", "pyramidinfer")
-_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_ONE_CHOICE)
+_METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_VOTERS, *_ONE_CHOICE)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Drop:
 
     method: "streamingllm", "duoattention", "dbudgetkv" (the most recent stay), "tova" and "lazyllm" (the last query
         votes, once for all heads), "pyramidinfer" (the last num_voters queries vote, later ones more, once for all
-        heads), "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
+        heads), "vl_cache" (the last num_voters queries vote, all alike), "h2o" and "a2sf" (all queries vote); all
+        others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: last positions, which vote; odd pooling width; "max" or "avg".
@@ -29,7 +31,8 @@ class Drop:
     num_sink: positions below it always stay and are always propagated.
     cuts: (0-based layer, rows propagated after it out of those it saw, forced ones included), layers ascending.
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
-    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "handed-on" and "seen" by the rows of each layer;
+    layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "handed-on" and "seen" by the rows of each layer,
+        "density" by how much of them the last num_voters queries look at;
         "adaptive" over the heads of a layer, "importance" and "retrieval" over all heads of all layers.
     pyramid_beta, head_floor, head_beta, streaming_tokens, head_weights [L][H]: their numbers.
     decay: weight of a row's votes relative to the next one's, where all vote.
