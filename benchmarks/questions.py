@@ -43,8 +43,9 @@ class Reply:
 def tiny_model_config(method: str) -> dict[str, Any]:
     """The method's defaults, except for what depends on the model."""
     cls = method_class(method)
+    finds_its_layer = cls.layer_budgets in CUT_BUDGETS or cls.default_rank_variance is not None
     return {
-        **({"tsp_layer": TSP_LAYER} if cls.propagates and cls.layer_budgets not in CUT_BUDGETS else {}),
+        **({"tsp_layer": TSP_LAYER} if cls.propagates and not finds_its_layer else {}),
         **HEAD_SETTINGS.get(cls.head_budgets, {}),
     }
 

@@ -12,7 +12,14 @@ from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, BudgetOptions, method_class, method_names
 
 KEYS = [field.name for field in dataclasses.fields(CompressionConfig) if field.name != "method"]
-TSP_KEYS = {"tsp_layer": 3, "tsp_ratio": 0.5, "tsp_tokens": 100, "max_tsp_tokens": 8192}
+TSP_KEYS = {
+    "tsp_layer": 3,
+    "tsp_ratio": 0.5,
+    "tsp_tokens": 100,
+    "rank_variance": 0.3,
+    "min_tsp_layer": 4,
+    "max_tsp_tokens": 8192,
+}
 EACH_METHOD = pytest.mark.parametrize("method", method_names())
 
 
@@ -28,6 +35,8 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "tsp_layer": None,
         "tsp_ratio": 0.2,
         "tsp_tokens": None,
+        "rank_variance": None,
+        "min_tsp_layer": None,
         "layer_shares": None,
         "window_size": 8,
         "num_sink": 0,
@@ -209,7 +218,13 @@ BAD = [
     *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
-    *[("halting_loss", value, r"in \(0, 1\)") for value in (0, 1, -0.1, "0.1", True)],
+    *[
+        (name, value, r"in \(0, 1\)")
+        for name in ("halting_loss", "rank_variance")
+        for value in (0, 1, -0.1, "0.1", True)
+    ],
+    *[("min_tsp_layer", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
+    ("min_tsp_layer", 4, "left out without rank_variance"),
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],
 ]
 
@@ -378,6 +393,28 @@ def test_own_cuts_make_up_the_ratio(method: str, num_layers: int) -> None:
             CompressionConfig.from_mapping(method, {name: 700})
     with pytest.raises(ValueError, match="layer_budgets must be one of"):
         CompressionConfig(method, layer_budgets="pyramid")
+
+
+@pytest.mark.parametrize(("num_layers", "earliest"), [(32, 10), (40, 12), (16, 5), (8, 2), (5, 2)])
+def test_a_cut_that_is_found_lies_within_its_bounds(num_layers: int, earliest: int) -> None:
+    shape = {"num_layers": num_layers, "num_kv_heads": 2, "max_model_len": 2048}
+    config = CompressionConfig("asl").for_model(**shape)
+    assert (config.rank_variance, config.min_tsp_layer, config.tsp_layer) == (0.3, earliest, num_layers - 2)
+    assert CompressionConfig("fastkv", rank_variance=0.3).for_model(**shape).tsp_layers == config.tsp_layers
+    plan = config.plan(2000, 32)
+    assert isinstance(plan, PromptPlan)
+    assert (plan.first_cut, plan.cuts) == (earliest + 1, ((num_layers - 2, 400),))
+    assert plan.rows_after(num_layers) == [2000] * (num_layers - 2) + [400, 400], "the most there may be"
+    for wrong in (1, num_layers - 2):
+        with pytest.raises(ValueError, match=rf"min_tsp_layer must be in 2\.\.{num_layers - 3}, .*; got {wrong}"):
+            CompressionConfig("asl", min_tsp_layer=wrong).for_model(**shape)
+
+
+def test_only_one_cut_is_found() -> None:
+    with pytest.raises(ValueError, match="tsp_layer must be one layer, the latest, with rank_variance"):
+        CompressionConfig("asl", tsp_layer=(4, 6), tsp_ratio=(0.5, 0.2))
+    with pytest.raises(ValueError, match="rank_variance must be left out: where lazyllm cuts rows follows from"):
+        CompressionConfig("lazyllm", rank_variance=0.3)
 
 
 def test_a_halting_rule_makes_budgets_uneven() -> None:

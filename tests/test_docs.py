@@ -24,7 +24,8 @@ def conflict_table() -> str:
 
 def composition_table() -> str:
     """What each method allows, from what its class declares and what the configuration refuses."""
-    head = "| method | who votes | cuts rows | head budgets | `value_norms` | evicts | prefix caching | ranks | calibration |"
+    heads = "method", "who votes", "cuts rows", "head budgets", "`value_norms`", "evicts", "prefix caching", "ranks"
+    head = f"| {' | '.join((*heads, 'calibration'))} |"
     rows = []
     for name in method_names():
         cls = method_class(name)
@@ -36,7 +37,13 @@ def composition_table() -> str:
             "queries after the last image"
             if cls.most_voters_after_image
             else next((votes[need] for need in cls.needs if need in votes), "nobody"),
-            "its own schedule" if cls.layer_budgets in CUT_BUDGETS else "yes" if cls.propagates else "no",
+            "its own schedule"
+            if cls.layer_budgets in CUT_BUDGETS
+            else "where ranks settle"
+            if cls.default_rank_variance is not None
+            else "yes"
+            if cls.propagates
+            else "no",
             "one choice for all heads"
             if cls.one_choice
             else "any"

@@ -12,6 +12,7 @@ from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.select import select
 from fastkv_vllm.methods import (
     Method,
+    RankWatch,
     add_heads,
     density,
     halting_pages,
@@ -24,6 +25,7 @@ from fastkv_vllm.methods import (
 from tests.reference import Drop
 from tests.reference.budgets import halt
 from tests.reference.scores import voters_density, voters_scores
+from tests.reference.selection import relative_variance
 
 WINDOW, HEADS, GROUP, HEAD_DIM = 8, 2, 4, 64
 EACH_METHOD = pytest.mark.parametrize("name", method_names())
@@ -64,7 +66,7 @@ def force(scores: Tensor, num_sink: int) -> Tensor:
 def test_the_registry_names_the_published_systems() -> None:
     assert set(method_names()) >= {"fastkv", "snapkv", "streamingllm", "h2o", "tova", "vatp", "a2sf"}
     assert len(set(method_names())) == len(method_names())
-    assert sorted(PROPAGATING) == ["fastkv", "lazyllm", "pyramidinfer"]
+    assert sorted(PROPAGATING) == ["asl", "fastkv", "lazyllm", "pyramidinfer"]
 
 
 @EACH_METHOD
@@ -181,6 +183,28 @@ def test_vl_cache_adds_up_what_the_voters_look_at(num_voters: int, num_tokens: i
     dense = voters_density(rows.double() * HEAD_DIM**0.5, inputs["keys"].double(), num_voters)
     assert density(queries, inputs["keys"]).tolist() == pytest.approx(dense, rel=1e-6)
     assert len(set(dense)) > 1 and max(dense) < 1, "the test needs heads that look at part of the keys"
+
+
+@pytest.mark.parametrize("measure_layer", [2, 4])
+def test_ranks_settle_where_a_loop_says_so(measure_layer: int) -> None:
+    """Ratings that grow alike from layer to layer, ties among them."""
+    generator = torch.Generator().manual_seed(measure_layer)
+    drop = Drop("asl", 60, 190, num_sink=3, rank_variance=0.5, min_tsp_layer=measure_layer)
+    common = torch.rand(203, generator=generator)
+    ratings = [(common + torch.rand(203, generator=generator) * 0.85**layer).mul(40).round() for layer in range(9)]
+    watch, forced = RankWatch(0.5, measure_layer, 60 - 16), [p for p in range(203) if drop.is_forced(p)]
+    free = [p for p in range(203) if p not in forced]
+    found = [watch.has_settled(layer, rating[free]) for layer, rating in enumerate(ratings)]
+    for layer in range(measure_layer + 1, 9):
+        left = relative_variance(drop, [rating.tolist() for rating in ratings[: layer + 1]], 60, 203)
+        assert found[layer] == (left <= 0.5)
+    assert found[: measure_layer + 1] == [False] * (measure_layer + 1)
+    assert {True, False} == set(found[measure_layer + 1 :]), "one of the answers was not tried"
+
+
+def test_equal_ranks_have_settled() -> None:
+    watch = RankWatch(0.3, 2, 5)
+    assert [watch.has_settled(layer, torch.arange(20.0)) for layer in range(4)] == [False, False, False, True]
 
 
 def test_tova_asks_the_last_query_only() -> None:

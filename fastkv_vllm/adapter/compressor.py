@@ -14,7 +14,7 @@ from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.kernels.select import select, select_ragged
-from fastkv_vllm.methods import DENSITY, density, halting_pages, kept_norms, last_attention
+from fastkv_vllm.methods import DENSITY, RankWatch, density, halting_pages, kept_norms, last_attention
 
 _Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
@@ -45,6 +45,7 @@ class Compressor:
         stash: request -> residual rows after its first cut by position, [P, hidden].
         selected: request -> rows chosen at the cut after the layer that runs, ascending positions; who makes the cut
             takes them away.
+        watches: request -> what finds the layer of its cut, of prompts that end in this step.
         stats: figures of the current step.
     """
 
@@ -53,6 +54,7 @@ class Compressor:
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
         self.stash: dict[str, torch.Tensor] = {}
         self.selected: dict[str, torch.Tensor] = {}
+        self.watches: dict[str, RankWatch] = {}
         self.stats = WorkerStats()
         self.layout: PageLayout | None = None
         self.pool: PagePool | None = None
@@ -79,6 +81,7 @@ class Compressor:
     def end_step(self) -> None:
         """Drop what is held within a step only."""
         self.selected.clear()
+        self.watches.clear()
         self.scored.clear()
         self.kept.clear()
         self.halted.clear()
@@ -335,14 +338,42 @@ class Compressor:
         """Scores [H or 1, n] with forced entries at +inf; at a cut the rows that go on are chosen too, on all ranks."""
         positions = self._positions(prefill)
         forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
-        method = prefill.recipe.method
-        scores = agree(method, scores)
-        num_rows = dict(prefill.plan.cuts).get(layer)
-        if num_rows is not None:
-            rating = tensor_model_parallel_all_reduce(method.propagation_scores(scores).clone())
+        scores = agree(prefill.recipe.method, scores)
+        self._choose_rows(prefill, layer, scores, forced)
+        return scores.masked_fill(forced, float("inf"))
+
+    def _choose_rows(self, prefill: PrefillRows, layer: int, scores: torch.Tensor, forced: torch.Tensor) -> None:
+        """The rows that go on, where this layer has a cut, from its scores [H or 1, n]."""
+        plan, positions = prefill.plan, self._positions(prefill)
+        cuts = dict(plan.cuts)
+        has_none = layer not in cuts if plan.cut_from is None else len(positions) < plan.num_tokens
+        if has_none:
+            return
+        rating = tensor_model_parallel_all_reduce(prefill.recipe.method.propagation_scores(scores).clone())
+        num_rows = cuts[layer] if plan.cut_from is None else self._decide(prefill, layer, rating[~forced])
+        if num_rows == len(positions):
+            self.selected[prefill.request_id] = positions
+        elif num_rows is not None:
             rating = rating.masked_fill(forced, float("inf"))
             self.selected[prefill.request_id] = positions[select(rating.unsqueeze(0), num_rows)[0]]
-        return scores.masked_fill(forced, float("inf"))
+
+    def _decide(self, prefill: PrefillRows, layer: int, rating: torch.Tensor) -> int | None:
+        """Rows that go on after a layer that may have the cut; None: those that it ran on.
+
+        Rows in the stash wait for the first such layer only: if it is not the cut, all go on.
+
+        Args:
+            rating: of the rows that are not forced, alike on all ranks.
+        """
+        plan, config = prefill.plan, prefill.recipe.config
+        ((last, num_rows),) = plan.cuts
+        if prefill.request_id not in self.watches:
+            assert config.rank_variance is not None and config.min_tsp_layer is not None, "the plan has cut_from"
+            num_best = num_rows - (plan.num_tokens - len(rating))
+            self.watches[prefill.request_id] = RankWatch(config.rank_variance, config.min_tsp_layer, num_best)
+        if self.watches[prefill.request_id].has_settled(layer, rating) or layer == last:
+            return num_rows
+        return plan.num_tokens if layer == plan.cut_from and prefill.start else None
 
     @staticmethod
     def _collect(

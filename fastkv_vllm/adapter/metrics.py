@@ -12,6 +12,7 @@ from fastkv_vllm.adapter.step import CompressionStats
 from fastkv_vllm.cache import LeftAlone
 
 LEFT_ALONE = "vllm:fastkv_requests_left_alone"
+CUTS = "vllm:fastkv_cuts"
 STASH_BYTES = "vllm:fastkv_stash_bytes"
 # Counter -> labels beside those all have, and documentation; units are in the names.
 COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -32,6 +33,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     LEFT_ALONE: (("reason",), "Prompts not compressed."),
     "vllm:fastkv_tsp_rows_in": ((), "Rows that reached the first TSP layer."),
     "vllm:fastkv_tsp_rows_out": ((), "Rows that went on after the last TSP layer."),
+    CUTS: (("layer",), "Prompts whose rows were cut, by the layer after which they were."),
     "vllm:fastkv_score_seconds": ((), "Time spent scoring entries, first worker."),
     "vllm:fastkv_select_seconds": ((), "Time spent selecting entries, and rows to go on, first worker."),
     "vllm:fastkv_compact_seconds": ((), "Time spent moving kept entries, first worker."),
@@ -59,6 +61,7 @@ def encode_stats(stats: SchedulerStats, figures: CompressionStats) -> None:
         "vllm:fastkv_select_seconds": worker.select_us,
         "vllm:fastkv_compact_seconds": worker.compact_us,
         STASH_BYTES: worker.stash_bytes,
+        **{f"{CUTS}/{layer}": count for layer, count in worker.cut_layers.items()},
     }
 
 
@@ -82,11 +85,12 @@ class FastKVStatLogger(AggregateStatLoggerBase):
             _LABELS,
             multiprocess_mode="mostrecent",
         )
-        # What is known to come is there from the start, at 0: the server's own method, and each reason.
+        # What is known to come is there from the start, at 0: the server's own method, and each reason. Layers are not.
         first: dict[tuple[str, ...], list[tuple[str, ...]]] = {
             (): [()],
             ("method",): [(self._config["method"],)],
             ("reason",): [(reason.value,) for reason in LeftAlone],
+            ("layer",): [],
         }
         for engine in self._engines:
             for name, (own, _) in COUNTERS.items():

@@ -181,7 +181,7 @@ class _CompressionMixin(Scheduler):
         }
         self._count_prompts(config, PromptStats(1, plan.num_tokens, blocks_freed=plan.num_freed_blocks))
         logger.debug(
-            "%s: request %s compressed from %d to %d entries per head, rows after layers: %s, %d blocks freed",
+            "%s: request %s compressed from %d to %d entries per head, rows after layers: at most %s, %d blocks freed",
             config.method,
             request_id,
             plan.num_tokens,

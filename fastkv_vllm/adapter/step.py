@@ -19,8 +19,9 @@ class WorkerStats:
     """What a worker did in one step; the scheduler adds it to its totals.
 
     Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
-    microseconds spent scoring entries, selecting those that stay (and the rows that go on), and moving them; request
-    whose prompt ended -> leading blocks of its destination that its pages did not need.
+    microseconds spent scoring entries, selecting those that stay (and the rows that go on), and moving them; layer ->
+    prompts whose rows were cut after it; request whose prompt ended -> leading blocks of its destination that its pages
+    did not need.
     """
 
     tsp_rows_in: int = 0
@@ -29,6 +30,7 @@ class WorkerStats:
     score_us: int = 0
     select_us: int = 0
     compact_us: int = 0
+    cut_layers: dict[int, int] = field(default_factory=dict)
     surplus: dict[str, int] = field(default_factory=dict)
 
 
@@ -62,8 +64,10 @@ class CompressionStats(PromptStats):
 
     def add_worker(self, stats: WorkerStats) -> None:
         for item in fields(WorkerStats):
-            if item.name not in ("stash_bytes", "surplus"):
+            if item.name not in ("stash_bytes", "cut_layers", "surplus"):
                 setattr(self.worker, item.name, getattr(self.worker, item.name) + getattr(stats, item.name))
+        for layer, count in stats.cut_layers.items():
+            self.worker.cut_layers[layer] = self.worker.cut_layers.get(layer, 0) + count
         self.worker.stash_bytes = stats.stash_bytes
 
 

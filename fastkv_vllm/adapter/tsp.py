@@ -8,8 +8,12 @@ chunk that carries the window.
 | decode, short prompt, replay        | goes on, unchanged                                   | goes on, unchanged      |
 | chunk of a prompt that goes on      | waits in the stash; late layers do not see it        |                         |
 | last chunk of a prompt              | replaced by the chosen rows of the whole prompt      | goes on if chosen again |
+
+Where the layer of the cut is found while it runs, the first cut is the first layer that may have it: if it has not, all
+rows of the prompt go on, out of the stash, to the layer that has.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +28,8 @@ from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.kernels.propagate import gather_stream
+
+logger = logging.getLogger("vllm.fastkv")
 
 Layer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -101,14 +107,19 @@ class TSPStep:
             layers: all decoder layers, in order.
         """
         get_forward_context().skip_compiled = True
-        first = min(s.prefill.plan.cuts[0][0] for s in self._segments if s.prefill is not None and s.prefill.plan.cuts)
-        for index, layer in enumerate(layers[first:], start=first):
-            layer.forward = self._replace(index, layer.forward)
+        first_cuts = []
+        for segment in self._segments:
+            if segment.prefill is not None and (layer := segment.prefill.plan.first_cut) is not None:
+                first_cuts.append(layer)
+                self._compressor.stats.tsp_rows_in += segment.count
+        first = min(first_cuts)
+        for index, decoder_layer in enumerate(layers[first:], start=first):
+            decoder_layer.forward = self._replace(index, decoder_layer.forward)
         try:
             yield
         finally:
-            for layer in layers[first:]:
-                del layer.forward
+            for decoder_layer in layers[first:]:
+                del decoder_layer.forward
 
     def scatter(self, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Final hidden states by row of the step; rows that did not go on are zero and never sampled from.
@@ -143,7 +154,7 @@ class TSPStep:
         if prefill is None or not prefill.plan.cuts:
             return False
         if prefill.destination is None:
-            return index == prefill.plan.cuts[0][0]
+            return index == prefill.plan.first_cut
         return prefill.request_id in self._compressor.selected
 
     def _cut(
@@ -159,11 +170,11 @@ class TSPStep:
                 segments.append(segment)
                 continue
             assert prefill is not None, "it is cut"
-            self._count(index, prefill)
             if prefill.destination is None:
                 self._stash(prefill, hidden[rows] + residual[rows])
                 continue
             chosen = self._compressor.selected.pop(prefill.request_id)
+            self._count(index, prefill, len(chosen))
             picked = self._pick(prefill, hidden[rows], residual[rows], positions[rows], chosen)
             parts.append((torch.zeros_like(picked), picked, chosen))
             prefill = replace(prefill, count=len(chosen), start=0, positions=chosen)
@@ -174,13 +185,15 @@ class TSPStep:
         late_hidden, late_residual, self._positions = (torch.cat(part) for part in zip(*parts, strict=True))
         return late_hidden, late_residual
 
-    def _count(self, index: int, prefill: PrefillRows) -> None:
-        """Rows that reach the prompt's first cut, and those that go on after its last."""
-        cuts = prefill.plan.cuts
-        if index == cuts[0][0]:
-            self._compressor.stats.tsp_rows_in += prefill.count
-        if index == cuts[-1][0] and prefill.destination is not None:
-            self._compressor.stats.tsp_rows_out += cuts[-1][1]
+    def _count(self, index: int, prefill: PrefillRows, num_rows: int) -> None:
+        """The cuts of a prompt, and the rows that go on after its last."""
+        if num_rows == prefill.plan.num_tokens:
+            return  # rows come out of the stash, none is cut
+        stats = self._compressor.stats
+        stats.cut_layers[index] = stats.cut_layers.get(index, 0) + 1
+        if num_rows == prefill.plan.cuts[-1][1]:
+            stats.tsp_rows_out += num_rows
+        logger.debug("request %s: %d of its rows go on after layer %d", prefill.request_id, num_rows, index)
 
     def _stash(self, prefill: PrefillRows, stream: torch.Tensor) -> None:
         stash = self._compressor.stash

@@ -99,9 +99,18 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     rows = {
         **config.to_mapping(),
         "head_weights": measured,
-        "tsp": f"on after layer {', '.join(map(str, config.tsp_layers))}" if config.uses_tsp else "off",
+        "tsp": _tsp(config),
         "prefix_caching": "on" if vllm_config.cache_config.enable_prefix_caching else "off",
         "scheduler": scheduler,
     }
     table = "\n".join(f"  {name:<18} {value}" for name, value in rows.items() if value is not None)
     logger.info("FastKV compression is on for %s:\n%s", model.model, table)
+
+
+def _tsp(config: CompressionConfig) -> str:
+    """After which layers rows are cut, for the log."""
+    if not config.uses_tsp:
+        return "off"
+    if config.min_tsp_layer is not None:
+        return f"on after a layer in {config.min_tsp_layer + 1}..{config.tsp_layers[0]}, found for each prompt"
+    return f"on after layer {', '.join(map(str, config.tsp_layers))}"

@@ -43,6 +43,8 @@ class PromptPlan:
         is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean, and the most it can be
             where a halting rule may ask for less.
         evicts: a block that is full after the prompt is chosen from together with the kept pages, and goes back.
+        cut_from: earliest layer of the only cut, where the worker finds its layer and `cuts` has the latest. None: cuts
+            come after the layers they name.
     """
 
     num_tokens: int
@@ -55,6 +57,14 @@ class PromptPlan:
     num_recent: int
     is_ragged: bool = False
     evicts: bool = False
+    cut_from: int | None = None
+
+    @property
+    def first_cut(self) -> int | None:
+        """First layer after which rows may be cut; None: none are."""
+        if self.cut_from is not None or not self.cuts:
+            return self.cut_from
+        return self.cuts[0][0]
 
     @property
     def num_whole_blocks(self) -> int:
@@ -95,7 +105,7 @@ class PromptPlan:
         return self.num_whole_blocks - self.num_pages
 
     def rows_after(self, num_layers: int) -> list[int]:
-        """Rows that go on after each layer, the last one among them, [num_layers]."""
+        """Rows that go on after each layer, the last one among them, [num_layers]; the most there may be."""
         cuts, rows = dict(self.cuts), [self.num_tokens]
         for layer in range(num_layers):
             rows.append(cuts.get(layer, rows[-1]))
@@ -141,6 +151,7 @@ def plan_prompt(
     num_voters: int = 0,
     num_recent: int = 0,
     is_ragged: bool = False,
+    cut_from: int | None = None,
     layers_keep_rows: bool = False,
     evicts: bool = False,
 ) -> PromptPlan | LeftAlone:
@@ -161,6 +172,7 @@ def plan_prompt(
         num_voters: last tokens whose queries vote, at most num_tokens; 0: those of the window.
         num_recent: last tokens that always stay, if more than the window; below num_kept.
         is_ragged: layers and KV heads share the pages unevenly.
+        cut_from: earliest layer of the cut, where the worker decides and `cuts` has its latest.
         layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
             then raised to whole pages and the mean is lowered to them: together they always see what they keep.
         evicts: entries are evicted while decoding.
@@ -194,4 +206,4 @@ def plan_prompt(
         if max(wished, least) < num_rows:
             num_rows = max(wished, least)
             effective.append((layer, num_rows))
-    return replace(plan, cuts=tuple(effective))
+    return replace(plan, cuts=tuple(effective), cut_from=cut_from if effective else None)

@@ -114,11 +114,12 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
 
 def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
     if not cls.propagates:
-        for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "max_tsp_tokens"):
+        for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "rank_variance", "min_tsp_layer", "max_tsp_tokens"):
             check(getattr(config, name) is None, name, f"left out: {config.method} does not propagate rows", config)
     check_cuts(config)
+    _complete_rank_variance(config, cls)
     if cls.layer_budgets in CUT_BUDGETS:
-        for name in ("budget", "tsp_tokens"):
+        for name in ("budget", "tsp_tokens", "rank_variance"):
             rule = f"left out: where {config.method} cuts rows follows from retention_ratio"
             check(getattr(config, name) is None, name, rule, config)
         _freeze_cuts(config)
@@ -146,6 +147,16 @@ def _check_requests(config: "CompressionConfig") -> None:
             check(config.retention_ratio >= least, "retention_ratio", rule, config)
 
 
+def _complete_rank_variance(config: "CompressionConfig", cls: type[Method]) -> None:
+    fill_in(config, "rank_variance", cls.default_rank_variance)
+    share = config.rank_variance
+    check(share is None or (is_number(share) and 0 < share < 1), "rank_variance", "in (0, 1)", config)
+    if share is None:
+        check(config.min_tsp_layer is None, "min_tsp_layer", "left out without rank_variance", config)
+    else:
+        check(not is_list(config.tsp_layer), "tsp_layer", "one layer, the latest, with rank_variance", config)
+
+
 def _freeze_cuts(config: "CompressionConfig") -> None:
     for name in CUTS:
         if isinstance(getattr(config, name), list):
@@ -160,11 +171,12 @@ LOWEST = {
     "pyramid_beta": 1,
     "streaming_tokens": 1,
     "min_tokens": 1,
+    "min_tsp_layer": 0,
     "max_tsp_tokens": 1,
 }
 
 
-OPTIONAL = {"budget", "num_sink", "max_tsp_tokens"}
+OPTIONAL = {"budget", "num_sink", "min_tsp_layer", "max_tsp_tokens"}
 
 
 def is_int(value: object) -> TypeGuard[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
 from fastkv_vllm.config.rules import as_json, complete, each
-from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, Allocator, BudgetOptions, Method, method_class
+from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, OBSERVED, Allocator, BudgetOptions, Method, method_class
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,13 @@ class CompressionConfig:
         budget: entries kept per layer and KV head, instead of retention_ratio.
         tsp_layer: last layer that sees the whole prompt, 0-based; None: num_layers // 2 - 1, which is the value
             published for Llama-3.1-8B (15), Ministral-8B (17) and Mistral-Nemo-12B (19). Several, rising: rows are
-            cut after each.
+            cut after each. With rank_variance: latest layer of the cut; None: the last but one.
         tsp_ratio: share of a prompt's rows that go on after it, (0, 1]; 1.0 = no TSP; None: 0.2 where the method
             propagates, retention_ratio if that is more. One for each layer where tsp_layer has several.
         tsp_tokens: rows that go on, instead of tsp_ratio.
+        rank_variance: rows are cut where no more than this share, (0, 1), of the variance of the best rows' ranks is
+            left, see `methods.settling`; None: the method's own, which may be a cut after tsp_layer in any case.
+        min_tsp_layer: layer with the variance that it is a share of, the cut comes later; None: 10/32 of the layers.
         layer_shares: instead of retention_ratio, where the method takes a measured schedule: share of a prompt's rows
             that goes on after each layer but the last, never rising. Path of the file that `fastkv-vllm calibrate
             decays` wrote, or the numbers; retention_ratio is then the mean of what layers keep.
@@ -61,6 +64,8 @@ class CompressionConfig:
     tsp_layer: int | tuple[int, ...] | None = None
     tsp_ratio: float | tuple[float, ...] | None = None
     tsp_tokens: int | tuple[int, ...] | None = None
+    rank_variance: float | None = None
+    min_tsp_layer: int | None = None
     layer_shares: str | tuple[float, ...] | None = None
     window_size: int = 8
     num_sink: int | None = None
@@ -134,7 +139,8 @@ class CompressionConfig:
         self = self._with_schedule(num_layers)
         if not self.uses_tsp:
             return self
-        layer = num_layers // 2 - 1 if self.tsp_layer is None else self.tsp_layer
+        default = num_layers // 2 - 1 if self.rank_variance is None else num_layers - 2
+        layer = default if self.tsp_layer is None else self.tsp_layer
         limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
         if not 0 <= each(layer)[-1] < num_layers - 1:
             raise ValueError(
@@ -146,7 +152,22 @@ class CompressionConfig:
                 f"kv_compression_config: max_tsp_tokens must be at least the model's maximum length {max_model_len}; "
                 f"got {limit}; raise it or lower --max-model-len"
             )
-        return dataclasses.replace(self, tsp_layer=layer, max_tsp_tokens=limit)
+        return dataclasses.replace(
+            self, tsp_layer=layer, min_tsp_layer=self._min_tsp_layer(num_layers, layer), max_tsp_tokens=limit
+        )
+
+    def _min_tsp_layer(self, num_layers: int, tsp_layer: int | tuple[int, ...]) -> int | None:
+        if self.rank_variance is None:
+            return None
+        assert isinstance(tsp_layer, int), "several are refused with rank_variance"
+        least = OBSERVED - 1
+        layer = max(num_layers * 10 // 32, least) if self.min_tsp_layer is None else self.min_tsp_layer
+        if not least <= layer < tsp_layer:
+            raise ValueError(
+                f"kv_compression_config: min_tsp_layer must be in {least}..{tsp_layer - 1}, from the first layer with "
+                f"{OBSERVED} to compare to the one before tsp_layer; got {layer}; the model has {num_layers} layers"
+            )
+        return layer
 
     def _with_schedule(self, num_layers: int) -> "CompressionConfig":
         """The same with the cuts of a method that has its own, for a model of so many layers."""
@@ -248,6 +269,7 @@ class CompressionConfig:
             min_tokens=self.min_tokens,
             num_voters=num_voters,
             num_recent=num_recent,
+            cut_from=None if self.min_tsp_layer is None else self.min_tsp_layer + 1,
             is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,

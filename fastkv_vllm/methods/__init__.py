@@ -2,6 +2,7 @@
 
 from fastkv_vllm.methods.a2sf import A2SF
 from fastkv_vllm.methods.adakv import AdaKV
+from fastkv_vllm.methods.asl import ASL
 from fastkv_vllm.methods.base import Method, add_heads
 from fastkv_vllm.methods.budgets import (
     CUT_BUDGETS,
@@ -23,6 +24,7 @@ from fastkv_vllm.methods.lazyllm import LazyLLM
 from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
 from fastkv_vllm.methods.registry import method_class, method_names, register
+from fastkv_vllm.methods.settling import OBSERVED, RankWatch
 from fastkv_vllm.methods.snapkv import SnapKV
 from fastkv_vllm.methods.streamingllm import StreamingLLM
 from fastkv_vllm.methods.tova import TOVA
@@ -31,12 +33,14 @@ from fastkv_vllm.methods.vl_cache import VLCache
 
 __all__ = [
     "A2SF",
+    "ASL",
     "CUT_BUDGETS",
     "DENSITY",
     "H2O",
     "HEAD_BUDGETS",
     "LAYER_BUDGETS",
     "MODEL_BUDGETS",
+    "OBSERVED",
     "TOVA",
     "UNIFORM",
     "VATP",
@@ -51,6 +55,7 @@ __all__ = [
     "Method",
     "PyramidInfer",
     "PyramidKV",
+    "RankWatch",
     "SnapKV",
     "StreamingLLM",
     "VLCache",

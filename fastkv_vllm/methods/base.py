@@ -28,8 +28,8 @@ class Method(ABC):
         most_voters_after_image: where a prompt has an image, so many of the tokens after the last one vote at most, not
             the last `window_size`; 0: images make no difference.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
-            default_halting_loss, default_evict_while_decoding: the fields of CompressionConfig without `default_`,
-            when the configuration does not say.
+            default_halting_loss, default_rank_variance, default_evict_while_decoding: the fields of CompressionConfig
+            without `default_`, when the configuration does not say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
@@ -51,6 +51,7 @@ class Method(ABC):
     default_value_norms: ClassVar[bool] = False
     default_decay: ClassVar[float | None] = None
     default_halting_loss: ClassVar[float | None] = None
+    default_rank_variance: ClassVar[float | None] = None
     schedule_artefact: ClassVar[str | None] = None
     default_evict_while_decoding: ClassVar[bool] = False
     layer_budgets: ClassVar[str] = UNIFORM

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Engine:
         self.after_schedule: list[Callable[[Any], None]] = []
         self.free_blocks: list[int] = []
         self.preemptions: list[Preemption] = []
-        self._last_scheduled: set[str] = set()
+        self._last_scheduled: deque[set[str]] = deque(maxlen=2)  # one may be in flight when another is scheduled
         self._num_free = self.pool.get_num_free_blocks()
         self._schedule, self.scheduler.schedule = self.scheduler.schedule, self._watched_schedule
         self._preempt, self.scheduler._preempt_request = self.scheduler._preempt_request, self._watched_preempt
@@ -214,8 +215,8 @@ class Engine:
         if self.core.vllm_config.parallel_config.world_size == 1:
             held = {name: list(getattr(self.compressor, name)) for name in ("windows", "sums", "stash", "selected")}
             assert not any(held.values()), f"left in the worker: {held}"
-            # The worker is told with the next step that a request is gone.
-            gone = {*self.compressor.held, *self.compressor.evictor.requests} - self._last_scheduled
+            # The worker is told that a request is gone with the next step that is scheduled.
+            gone = {*self.compressor.held, *self.compressor.evictor.requests}.difference(*self._last_scheduled)
             assert not gone, f"pages of requests that ended earlier are left in the worker: {gone}"
 
     def _counts(self) -> tuple[int, int, int]:
@@ -227,7 +228,7 @@ class Engine:
         for call in self.before_schedule:
             call(len(self.free_blocks))
         output = self._schedule(*args, **kwargs)
-        self._last_scheduled = set(output.num_scheduled_tokens)
+        self._last_scheduled.append(set(output.num_scheduled_tokens))
         if self.config is not None:
             self.manager.check_integrity()
         self.free_blocks.append(self.pool.get_num_free_blocks())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tests.reference.budgets
 import tests.reference.model
+import tests.reference.selection
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
 from tests.reference import Drop, Generation, ReferenceModel
@@ -44,6 +45,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         pooling=config.pooling,
         num_sink=config.num_sink,
         cuts=plan.cuts,
+        rank_variance=config.rank_variance,
+        min_tsp_layer=config.min_tsp_layer,
         block_size=BLOCK_SIZE if plan.is_ragged else None,
         layer_budgets=config.layer_budgets,
         head_budgets=config.head_budgets,
@@ -123,6 +126,7 @@ def _generate(
     gaps = [1.0]
     select, best_by_head = tests.reference.model.select_positions, tests.reference.budgets.best_by_head
     losses_by_count = tests.reference.budgets.losses_by_count
+    relative_variance = tests.reference.selection.relative_variance
     by_density, hand_out = tests.reference.budgets.by_density, tests.reference.budgets.hand_out
     wishes: list[list[float]] = []  # of layers by density
 
@@ -172,7 +176,13 @@ def _generate(
             gaps.append((min(given) - max(refused)) / 100 if given and refused else 1.0)
         return pages
 
+    def vary_and_measure(drop: Drop, *ratings: Any) -> float:
+        left = relative_variance(drop, *ratings)
+        gaps.append(abs(left - drop.rank_variance) / 10)  # noise swaps a few equal ranks: a thousandth is far away
+        return left
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tests.reference.selection, "relative_variance", vary_and_measure)
         patch.setattr(tests.reference.budgets, "by_density", wish_and_remember)
         patch.setattr(tests.reference.budgets, "hand_out", hand_out_and_measure)
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)

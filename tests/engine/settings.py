@@ -6,8 +6,11 @@ SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
 TSP = SMALL | {"tsp_layer": 3, "tsp_ratio": 0.3}
 EVICTING = {"evict_while_decoding": True}
 CUTS = SMALL | {"tsp_layer": [2, 4, 5], "tsp_ratio": [0.6, 0.4, 0.3]}
+# With random weights ranks hardly settle: MIXED is cut after layers 3, 5 and 6.
+ASL = SMALL | {"tsp_ratio": 0.3, "rank_variance": 0.96}
 METHODS = {
     "fastkv": TSP,
+    "asl": ASL,
     "snapkv": SMALL,
     "streamingllm": SMALL,
     "tova": SMALL,
@@ -39,6 +42,7 @@ RAGGED = {
     "fastkv-density": ("fastkv", TSP | {"layer_budgets": "density", "window_size": 20}),
     "dbudgetkv": ("dbudgetkv", HALTING),
     "snapkv-halting": ("snapkv", HALTING | {"halting_loss": 0.1, "layer_budgets": "pyramid"}),
+    "asl-pyramid-adaptive": ("asl", ASL | {"layer_budgets": "pyramid", "head_budgets": "adaptive"}),
     "fastkv-halting": ("fastkv", HALTING | {"tsp_layer": 3, "tsp_ratio": 0.7}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
@@ -46,6 +50,7 @@ RAGGED = {
 REQUESTS = {
     "fastkv": ("fastkv", TSP),
     "fastkv-cuts": ("fastkv", CUTS),
+    "asl": ("asl", ASL),
     "snapkv": ("snapkv", SMALL | {"retention_ratio": 0.3}),
     "none": ("none", {}),
     "tova": ("tova", SMALL | {"retention_ratio": 0.15}),

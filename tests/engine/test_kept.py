@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import fastkv_vllm.adapter.compressor
-from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference
-from tests.engine.settings import CUTS, SMALL, TSP
+from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, reference
+from tests.engine.settings import ASL, CUTS, SMALL, TSP
 
 ENGINES = {
     "fastkv-max": ("fastkv", TSP),
     "fastkv-cuts": ("fastkv", CUTS),
+    "asl": ("asl", ASL),
     "fastkv-avg": ("fastkv", TSP | {"pooling": "avg"}),
     "snapkv-max": ("snapkv", SMALL),
     "snapkv-avg": ("snapkv", SMALL | {"pooling": "avg", "num_sink": 3}),
@@ -47,20 +48,19 @@ def test_kept_entries(engine, selections, num_tokens, last):
     with engine.step_tokens(step_tokens):
         engine.check([prompt], max_tokens=4)
     expected = reference(engine.checkpoint, engine.config, prompt, 4)
-    kept, tsp_indices = positions_of(selections, engine.config, num_tokens, num_layers=len(expected.kept))
+    kept, tsp_indices = positions_of(selections, expected.cut_layers, num_tokens, num_layers=len(expected.kept))
     assert [rows.tolist() for rows in tsp_indices] == [rows.tolist() for rows in expected.tsp_indices]
     for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
         assert got.expand(len(want), -1).tolist() == [head.tolist() for head in want], f"layer {layer}"
 
 
-def positions_of(selections, config, num_tokens, num_layers):
+def positions_of(selections, cut_layers, num_tokens, num_layers):
     """Kept positions per layer with the tail, which is not chosen, and the positions that go on after each cut."""
     columns = iter(selections)
     tail = torch.arange(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens)
     positions, tsp_indices, kept = torch.arange(num_tokens), [], []
-    cuts = dict(plan_of(config, num_tokens).cuts)
     for layer in range(num_layers):
-        rows = next(columns)[0] if layer in cuts else None
+        rows = next(columns)[0] if layer in cut_layers else None
         chosen = positions[next(columns)]
         kept.append(torch.cat([chosen, tail.expand(len(chosen), -1)], dim=1))
         if rows is not None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.engine.oracle import drop_of
-from tests.engine.settings import METHODS, MIXED, SMALL, TSP
+from tests.engine.oracle import clear, drop_of, reference
+from tests.engine.settings import ASL, METHODS, MIXED, SMALL, TSP
 
 VARIANTS = {
     "fastkv-avg": ("fastkv", TSP | {"pooling": "avg", "kernel_size": 5}),
@@ -19,6 +19,8 @@ VARIANTS = {
     "fastkv-value-norms": ("fastkv", TSP | {"value_norms": True, "num_sink": 2, "recent_share": 0.3}),
     "a2sf-decay": ("a2sf", SMALL | {"decay": 0.8}),
     "a2sf-recent": ("a2sf", SMALL | {"recent_share": 0.0}),
+    "asl-earliest": ("asl", ASL | {"rank_variance": 0.99, "min_tsp_layer": 3, "tsp_layer": 5}),
+    "asl-norms": ("asl", ASL | {"value_norms": True, "num_sink": 3, "pooling": "avg"}),
     "fastkv-without-tsp": ("fastkv", SMALL | {"tsp_ratio": 1.0}),
 }
 
@@ -41,6 +43,18 @@ def test_prompts_of_one_step_are_cut_after_different_layers(start):
     for step_tokens in (100, 2048):
         with engine.step_tokens(step_tokens):
             engine.check(MIXED)
+
+
+@pytest.mark.parametrize("step_tokens", [100, 400, 2048])
+def test_each_prompt_is_cut_where_its_ranks_settle(start, step_tokens):
+    engine = start("asl", ASL)
+    before = dict(engine.totals.worker.cut_layers)
+    with engine.step_tokens(step_tokens):
+        engine.check(MIXED, max_tokens=4)
+    found = [clear(engine.checkpoint, engine.config, prompt, 4) for prompt in MIXED if len(prompt) > 128]
+    layers = [reference(engine.checkpoint, engine.config, prompt, 4).cut_layers for prompt in found]
+    counts = {layer: layers.count([layer]) + before.get(layer, 0) for (layer,) in layers}
+    assert len(counts) > 1 and engine.totals.worker.cut_layers == counts
 
 
 def _default_drop(config, method, num_tokens):

@@ -22,7 +22,7 @@ from tests.reference.scores import (
     voters_density,
     voters_scores,
 )
-from tests.reference.selection import Drop, select_positions, window_scores
+from tests.reference.selection import Drop, rows_after, select_positions, window_scores
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Generation:
     margins: top-1 minus top-2 logit of each step; a small one tells a tie from an error.
     kept: per layer and head the kept positions, [num_kept] int64, ascending; empty without a drop.
     tsp_indices: after each cut the positions that went on, [rows] int64, ascending; empty without cuts.
+    cut_layers: the layers of these cuts.
     """
 
     tokens: list[int]
@@ -40,6 +41,7 @@ class Generation:
     margins: list[float]
     kept: list[list[Tensor]]
     tsp_indices: list[Tensor]
+    cut_layers: list[int]
 
 
 @dataclass
@@ -114,7 +116,7 @@ class ReferenceModel:
         Raises: ValueError if drop does not fit the prompt.
         """
         num_context = len(prompt) if num_context is None else num_context
-        hidden, layers, kept, tsp_indices = self._prefill(prompt[:num_context], drop)
+        hidden, layers, kept, cuts = self._prefill(prompt[:num_context], drop)
         for position in range(num_context, len(prompt)):
             hidden = self._decode(layers, prompt[position], position, drop)
         tokens, logprobs, margins = [], [], []
@@ -125,16 +127,16 @@ class ReferenceModel:
             logprobs.append(float(logits.log_softmax(dim=-1)[tokens[-1]]))
             margins.append(float(best[0] - best[1]))
             if len(tokens) == max_tokens:
-                return Generation(tokens, logprobs, margins, kept, tsp_indices)
+                return Generation(tokens, logprobs, margins, kept, list(cuts.values()), list(cuts))
             hidden = self._decode(layers, tokens[-1], len(prompt) + len(tokens) - 1, drop)
 
     def _prefill(
         self, prompt: Sequence[int], drop: Drop | None
-    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], list[Tensor]]:
-        """Run the prompt: the last layer's hidden rows, the layers after dropping, kept and tsp_indices."""
+    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], dict[int, Tensor]]:
+        """Run the prompt: the last layer's hidden rows, the layers after dropping, kept, cuts: layer -> tsp_indices."""
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
-        layers, seen, rated, attention, tsp_indices, densities = [], [], [], [], [], []
+        layers, seen, rated, attention, densities, cuts = [], [], [], [], [], {}
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
         for index, weights in enumerate(self.layer_weights):
@@ -152,11 +154,11 @@ class ReferenceModel:
                 if drop.layer_budgets == "density":
                     of_heads = voters_density(queries, keys, drop.num_voters)
                     densities.append(sum(of_heads) / len(of_heads))
-                for _, num_rows in (cut for cut in drop.cuts if cut[0] == index):
+                num_rows = rows_after(drop, [sum(scores).tolist() for scores in rated], len(prompt))
+                if num_rows is not None:
                     chosen = _select(sum(rated[-1]), positions, num_rows, drop)
                     hidden = hidden[torch.searchsorted(positions, chosen)]
-                    positions = chosen
-                    tsp_indices.append(chosen)
+                    positions = cuts[index] = chosen
         kept = []
         if drop is not None:
             counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt), densities)
@@ -168,7 +170,7 @@ class ReferenceModel:
                 if layer.votes:
                     layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
-        return hidden, layers, kept, tsp_indices
+        return hidden, layers, kept, cuts
 
     def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
         """Run one token, append its entries to every cache, return its hidden row, [1, hidden_size].

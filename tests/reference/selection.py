@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW_METHODS = ("fastkv", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
+_WINDOW_METHODS = ("fastkv", "asl", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
 _NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv")
 _VOTERS = ("vl_cache",)
@@ -30,6 +30,8 @@ class Drop:
     num_voters: last positions that vote, where it need not be the window.
     num_sink: positions below it always stay and are always propagated.
     cuts: (0-based layer, rows propagated after it out of those it saw, forced ones included), layers ascending.
+    rank_variance, min_tsp_layer: where set, the only cut comes after the first layer beyond min_tsp_layer with no more
+        than this share left of the variance of ranks there; at the latest after the layer in cuts.
     block_size: set where budgets are uneven: they are whole pages of it beside the last, partial one.
     layer_budgets, head_budgets: "uniform"; "pyramid" over layers, "handed-on" and "seen" by the rows of each layer,
         "density" by how much of them the last num_voters queries look at;
@@ -65,6 +67,8 @@ class Drop:
     halting_loss: float | None = None
     period: int | None = None
     num_recent: int = 0
+    rank_variance: float | None = None
+    min_tsp_layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
@@ -154,3 +158,43 @@ def select_positions(scores: Sequence[float], positions: Sequence[int], count: i
     rated = [(-score, p) for score, p in zip(scores, positions, strict=False) if not drop.is_forced(p)]
     best = [p for _, p in sorted(rated)][: count - len(forced)]
     return sorted(forced + best)
+
+
+def rows_after(drop: Drop, ratings: Sequence[Sequence[float]], num_tokens: int) -> int | None:
+    """Rows that go on after the last of these layers; None: all it saw.
+
+    Args:
+        ratings: of each layer so far the rows' scores, heads added, in order of position.
+        num_tokens: tokens of the prompt.
+    """
+    layer = len(ratings) - 1
+    if drop.rank_variance is None:
+        return dict(drop.cuts).get(layer)
+    if not drop.cuts or len(ratings[-1]) < len(ratings[0]) or layer <= drop.min_tsp_layer:
+        return None
+    ((latest, num_rows),) = drop.cuts
+    if layer == latest or relative_variance(drop, ratings, num_rows, num_tokens) <= drop.rank_variance:
+        return num_rows
+    return None
+
+
+def relative_variance(drop: Drop, ratings: Sequence[Sequence[float]], num_rows: int, num_tokens: int) -> float:
+    """Mean variance of the ranks of the best rows over the last three layers, in shares of that at min_tsp_layer.
+
+    Source: ASL, arXiv 2601.07667; three layers, and the rows that would go on, are this project's choice.
+    """
+
+    def variance(layer: int) -> float:
+        ranks = []
+        for scores in ratings[layer - 2 : layer + 1]:
+            rated = [p for p in range(len(scores)) if not drop.is_forced(p)]
+            by_score = sorted(rated, key=lambda p: (-scores[p], p))
+            ranks.append({p: rank for rank, p in enumerate(by_score)})
+        best = by_score[: num_rows - (num_tokens - len(rated))]
+        total = 0.0
+        for p in best:
+            mean = sum(rank[p] for rank in ranks) / 3
+            total += sum((rank[p] - mean) ** 2 for rank in ranks) / 3
+        return total / len(best)
+
+    return variance(len(ratings) - 1) / variance(drop.min_tsp_layer)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.server import sample_value
 from benchmarks.tiny_model.language import make_example
-from fastkv_vllm.adapter.metrics import COUNTERS, LEFT_ALONE, STASH_BYTES
+from fastkv_vllm.adapter.metrics import COUNTERS, CUTS, LEFT_ALONE, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
 from tests.deploy.conftest import metrics_of, queries
 from tests.server.conftest import MODEL, SETTINGS, client_of
@@ -53,6 +53,8 @@ def test_a_compressing_server_answers_and_counts(compressing_server):
     assert min(grown[f"vllm:fastkv_{act}_seconds"] for act in ("score", "select", "compact")) > 0
     short, left_alone = {"reason": "short", **labels}, f"{LEFT_ALONE}_total"
     assert sample_value(after, left_alone, **short) - sample_value(before, left_alone, **short) == 1
+    cut = {"layer": str(plan.cuts[0][0]), **labels}
+    assert sample_value(after, f"{CUTS}_total", **cut) - sample_value(before, f"{CUTS}_total", **cut) == num
     assert sample_value(after, STASH_BYTES, **labels) == 0
 
 
@@ -62,7 +64,7 @@ def test_the_metrics_are_there_with_their_labels(compressing_server):
     for name, (own, _) in COUNTERS.items():
         found = [sample.labels for sample in samples.get(f"{name}_total", ())]
         assert all(set(names) == {*labels, *own} for names in found), name
-        for first in ("short", "requested") if own == ("reason",) else ("fastkv",):
+        for first in ("short", "requested") if own == ("reason",) else () if own == ("layer",) else ("fastkv",):
             assert labels | dict.fromkeys(own, first) in found, f"{name} is not there before its first event"
 
 
