@@ -97,9 +97,11 @@ def aligned(method: str, retention_ratio: float, num_tokens: int, **voting: int)
     Raises:
         ValueError: the prompt is left alone, or ends in a block tail longer than the window.
     """
+    config: dict[str, Any]
     if method == "streamingllm":
-        return Pair(method, {"retention_ratio": retention_ratio}, method, {"n_sink": 4}, num_tokens)
-    config: dict[str, Any] = {"retention_ratio": retention_ratio, "pooling": "avg", **voting}
+        config = {"retention_ratio": retention_ratio, "evict_while_decoding": False}  # kvpress drops nothing later
+        return Pair(method, config, method, {"n_sink": 4}, num_tokens)
+    config = {"retention_ratio": retention_ratio, "pooling": "avg", **voting}
     layers = range(NUM_LAYERS)
     if method == "fastkv":
         config["tsp_layer"], layers = TSP_LAYER, range(TSP_LAYER + 1)
