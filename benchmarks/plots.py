@@ -79,20 +79,24 @@ def needles(report: dict[str, Any]) -> Figure:
     rows = _select(report["rows"], task=NEEDLE_TASK, protocol=NEEDLE_PROTOCOL)
     names = list(dict.fromkeys(row["method"] for row in rows))
     lengths = list(dict.fromkeys(row["group"] for row in rows))
-    figure, grid = plt.subplots(1, len(names), figsize=(2.0 * len(names) + 0.9, 3.2), sharey=True, squeeze=False)
+    columns = min(6, len(names))
+    lines = -(-len(names) // columns)
+    size = 2.0 * columns + 0.9, 2.7 * lines + 0.5
+    figure, grid = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes in grid.flat[len(names) :]:
+        axes.set_axis_off()
     image = None
-    for axes, name in zip(grid.flat, names, strict=True):
-        columns = [_select(rows, method=name, group=length)[0]["by_depth"] for length in lengths]
-        shares = [[c[i][0] / c[i][1] if c[i][1] else float("nan") for c in columns] for i in range(len(columns[0]))]
+    for axes, name in zip(grid.flat, names, strict=False):
+        found = [_select(rows, method=name, group=length)[0]["by_depth"] for length in lengths]
+        shares = [[c[i][0] / c[i][1] if c[i][1] else float("nan") for c in found] for i in range(len(found[0]))]
         image = axes.imshow(shares, aspect="auto", vmin=0, vmax=1, cmap="cividis", origin="upper")
         axes.set_title("plain vLLM" if name == PLAIN else name)
         axes.set_xticks(range(len(lengths)), lengths, rotation=45)
-        axes.set_xlabel("prompt tokens")
     depths = len(shares)
     grid.flat[0].set_yticks(range(depths), [f"{100 * i // depths}-{100 * (i + 1) // depths} %" for i in range(depths)])
-    grid.flat[0].set_ylabel("depth of the needle in the context")
-    figure.tight_layout()
-    figure.colorbar(image, ax=grid.ravel().tolist(), label="share of answers exactly right", shrink=0.9)
+    figure.supxlabel("prompt tokens")
+    figure.supylabel("depth of the needle in the context")
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="share of answers exactly right", shrink=0.5)
     return figure
 
 
