@@ -5,7 +5,7 @@ from vllm.exceptions import VLLMValidationError
 
 import fastkv_vllm.adapter.compressor
 from tests.engine.harness import sampling
-from tests.engine.oracle import make_prompts
+from tests.engine.oracle import clear, make_prompts
 from tests.engine.settings import METHODS
 
 PROMPTS = make_prompts([1111, 700, 832, 500, 300], seed=3)
@@ -55,10 +55,10 @@ def test_preempted_before_and_after_the_context(engine, step):
         if number == step:
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
-    prompts, contexts = PROMPTS[:1], [600]
+    prompt = clear(engine.checkpoint, engine.config, PROMPTS[0], 8, 600)
     with engine.step_tokens(100), engine.watch(before=preempt):
-        outputs = engine.generate(prompts, 8, contexts)
-    engine.require_reference(prompts[0], outputs[0], 8, contexts[0])
+        (output,) = engine.generate([prompt], 8, [600])
+    engine.require_reference(prompt, output, 8, 600)
     engine.require_idle()
     assert [p.compressed for p in engine.preemptions] == [step > 6]
 
