@@ -92,8 +92,10 @@ def test_the_pod_is_locked_down(objects: list[dict[str, Any]]) -> None:
     assert homes <= written, "what the server writes has a place"
 
 
-def test_memory_is_asked_for_and_holds_the_cache(objects: list[dict[str, Any]]) -> None:
+def test_cores_and_memory_are_asked_for_and_hold_the_cache(objects: list[dict[str, Any]]) -> None:
     resources = server(objects)["resources"]
+    # On a GPU a server refuses to compress: an overlay that asks for one would deploy what never starts.
+    assert set(resources["requests"]) == {"cpu", "memory"} and int(resources["requests"]["cpu"]) > 0
     assert resources["requests"]["memory"] == resources["limits"]["memory"]
     space = next(item["value"] for item in server(objects)["env"] if item["name"] == "VLLM_CPU_KVCACHE_SPACE")
     assert int(space) < int(resources["limits"]["memory"].removesuffix("Gi"))
@@ -106,6 +108,23 @@ def test_a_server_that_goes_has_time_to_answer(objects: list[dict[str, Any]]) ->
     assert pod["terminationGracePeriodSeconds"] > pause + drain
     probes = ("startupProbe", "readinessProbe", "livenessProbe")
     assert {container[name]["httpGet"]["path"] for name in probes} == {"/health"}
+
+
+def test_one_replica_leaves_at_a_time_and_more_come_while_requests_wait(objects: list[dict[str, Any]]) -> None:
+    assert one(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    scaling = one(objects, "ScaledObject")["spec"]
+    assert 0 < scaling["minReplicaCount"] < scaling["maxReplicaCount"]
+    (trigger,) = scaling["triggers"]
+    assert "vllm:num_requests_waiting" in trigger["metadata"]["query"]
+
+
+def test_monitoring_scrapes_and_policy_admits_the_port_of_the_api(objects: list[dict[str, Any]]) -> None:
+    (port,) = server(objects)["ports"]
+    (endpoint,) = one(objects, "ServiceMonitor")["spec"]["endpoints"]
+    (service,) = one(objects, "Service")["spec"]["ports"]
+    (ingress,) = one(objects, "NetworkPolicy")["spec"]["ingress"]
+    assert endpoint["path"] == "/metrics" and endpoint["port"] == service["name"]
+    assert service["targetPort"] == port["name"] and ingress["ports"] == [{"port": port["name"]}]
 
 
 def test_vllm_knows_the_arguments(objects: list[dict[str, Any]]) -> None:
