@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows, take_reque
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
+
+_layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step
 
 
 @dataclass
@@ -107,10 +110,10 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         pool = self.compressor.pool
         rows = rows_of(held, view, self.block_size)
         reads = HeadReads(rows, pool, self._tables.tables(rows, pool))
+        num_queries, max_query_len = int(reads.query_start[-1]), max(row.count for row in rows)
         schedules: dict[tuple[int, ...], torch.Tensor] = {}
-        for table, lengths in zip(reads.tables, reads.seq_lens, strict=True):
-            key = tuple(lengths.tolist())  # layers of equal lengths share a schedule
-            if key not in schedules:
+        for table, lengths, key in zip(reads.tables, reads.seq_lens, map(tuple, reads.seq_lens.tolist()), strict=True):
+            if key not in schedules:  # layers of equal lengths share one
                 schedules[key] = ops.cpu_attn_get_scheduler_metadata(
                     num_reqs=len(key),
                     num_heads=self.num_heads // self.num_kv_heads,
@@ -127,8 +130,8 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
                 )
             reads.metadata.append(
                 CPUAttentionMetadata(
-                    num_actual_tokens=int(reads.query_start[-1]),
-                    max_query_len=max(row.count for row in rows),
+                    num_actual_tokens=num_queries,
+                    max_query_len=max_query_len,
                     query_start_loc=reads.query_start,
                     max_seq_len=max(key),
                     seq_lens=lengths,
@@ -164,7 +167,7 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
             attn_metadata.compressor.after_attention(
                 attn_metadata.prefills,
                 attn_metadata.decodes,
-                layer=extract_layer_index(layer.layer_name),
+                layer=_layer_index(layer.layer_name),
                 scale=self.scale,
                 query=query,
                 key=key,
@@ -191,13 +194,17 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
             part = torch.empty_like(output[rows])
             super().forward(layer, query[rows], key, value, kv_cache, metadata.plain, part)
             output[rows] = part
-        shape = (self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        schedule = reads.metadata[_layer_index(layer.layer_name)]
+        num_tokens, shape = metadata.num_actual_tokens, (self.num_queries_per_kv, self.head_size)
+        if metadata.plain is None and metadata.max_query_len == 1:  # queries stand sequence by sequence
+            ours, part = query[:num_tokens].reshape(-1, *shape), output[:num_tokens].view(-1, *shape)
+            super().forward(layer, ours, key, value, reads.pool.cache, schedule, part)
+            return
         rows, heads = reads.queries
-        ours = query.view(query.shape[0], *shape)[rows, heads]
+        ours = query.view(query.shape[0], self.num_kv_heads, *shape)[rows, heads]
         part = torch.empty_like(ours)
-        schedule = reads.metadata[extract_layer_index(layer.layer_name)]
         super().forward(layer, ours, key, value, reads.pool.cache, schedule, part)
-        output.view(output.shape[0], *shape)[rows, heads] = part
+        output.view(output.shape[0], self.num_kv_heads, *shape)[rows, heads] = part
 
 
 class CompressionBackend(CPUAttentionBackend):

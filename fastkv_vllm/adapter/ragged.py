@@ -149,12 +149,13 @@ class HeadReads:
     tables: torch.Tensor
     metadata: list[Any] = field(default_factory=list)
 
-    @property
+    @cached_property
     def seq_lens(self) -> torch.Tensor:
         """Entries of each sequence, [L, requests * H] int32."""
         size = self.pool.layout.block_size
-        lengths = [r.held.counts * size + (r.num_tokens - r.held.num_whole * size) for r in self.rows]
-        return torch.cat(lengths, dim=1).to(torch.int32)
+        counts = torch.stack([r.held.counts for r in self.rows], dim=1)  # [L, requests, H]
+        since = torch.tensor([r.num_tokens - r.held.num_whole * size for r in self.rows])
+        return (counts * size + since.unsqueeze(1)).flatten(1).to(torch.int32)
 
     @cached_property
     def query_start(self) -> torch.Tensor:
