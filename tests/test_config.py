@@ -417,6 +417,33 @@ def test_only_one_cut_is_found() -> None:
         CompressionConfig("lazyllm", rank_variance=0.3)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[
+            ("tsp_ratio", 0.3),
+            ("tsp_tokens", 300),
+            ("rank_variance", 0.3),
+            ("halting_loss", 0.1),
+            ("tsp_layer", [1, 2]),
+            ("max_tsp_tokens", 4096),
+            ("evict_while_decoding", True),
+            ("value_norms", True),
+        ],
+        *[("layer_budgets", "pyramid"), ("head_budgets", "adaptive")],
+    ],
+)
+def test_tokens_read_again_are_those_that_stay(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^kv_compression_config: {name} must be .*gemfilter"):
+        CompressionConfig.from_mapping("gemfilter", {name: value})
+    config = CompressionConfig("gemfilter").for_model(num_layers=32, num_kv_heads=2, max_model_len=4096)
+    assert config.uses_tsp and not config.has_stash and config.max_tsp_tokens is None
+    for num_tokens in (2000, 2016, 2047):
+        plan = config.plan(num_tokens, 32)
+        assert isinstance(plan, PromptPlan) and plan.reads_again and not plan.has_stash
+        assert plan.cuts == ((15, plan.num_kept),) and plan.num_freed_blocks * 32 == num_tokens - plan.num_kept
+
+
 def test_a_halting_rule_makes_budgets_uneven() -> None:
     assert CompressionConfig("dbudgetkv").halting_loss == 0.01 and CompressionConfig("snapkv").halting_loss is None
     for config in (CompressionConfig("dbudgetkv"), CompressionConfig("snapkv", halting_loss=0.05)):

@@ -41,6 +41,8 @@ def composition_table() -> str:
             if cls.layer_budgets in CUT_BUDGETS
             else "where ranks settle"
             if cls.default_rank_variance is not None
+            else "reads the best again"
+            if cls.reads_again
             else "yes"
             if cls.propagates
             else "no",
@@ -49,11 +51,19 @@ def composition_table() -> str:
             else "any"
             if is_even
             else f"any, its own: {config.head_budgets}",
-            "its own" if cls.default_value_norms else "yes" if cls.votes() else "no",
-            "no" if cls.layer_budgets in CUT_BUDGETS else "yes" if config.evict_while_decoding else "if asked to",
+            "its own" if cls.default_value_norms else "yes" if cls.votes() and not cls.reads_again else "no",
+            "no"
+            if cls.layer_budgets in CUT_BUDGETS or cls.reads_again
+            else "yes"
+            if config.evict_while_decoding
+            else "if asked to",
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "1",
-            "needed" if cls.head_budgets in MODEL_BUDGETS else "TSP layer" if "fastkv" in name else "no",
+            "needed"
+            if cls.head_budgets in MODEL_BUDGETS
+            else "TSP layer"
+            if cls.propagates and cls.layer_budgets not in CUT_BUDGETS and cls.default_rank_variance is None
+            else "no",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([head, "|---" * 9 + "|", *rows])

@@ -66,7 +66,7 @@ def force(scores: Tensor, num_sink: int) -> Tensor:
 def test_the_registry_names_the_published_systems() -> None:
     assert set(method_names()) >= {"fastkv", "snapkv", "streamingllm", "h2o", "tova", "vatp", "a2sf"}
     assert len(set(method_names())) == len(method_names())
-    assert sorted(PROPAGATING) == ["asl", "fastkv", "lazyllm", "pyramidinfer"]
+    assert sorted(PROPAGATING) == ["asl", "fastkv", "gemfilter", "lazyllm", "pyramidinfer"]
 
 
 @EACH_METHOD

@@ -154,6 +154,18 @@ def test_cuts_of_a_tiny_shape() -> None:
     assert [o.link_bytes for o in operations if o.name == "sum of scores"] == [1024 * 4, 512 * 4]
 
 
+def test_what_is_read_again_passes_all_layers() -> None:
+    """The long prompt three layers of four, as many tokens as stay all of them; the last query looks in one layer."""
+    setting = setting_of("gemfilter", retention_ratio=0.25, tsp_ratio=0.5, tsp_layer=2)
+    assert setting.rows_of_layers(TINY, 1024) == {1024: 3, 256: 4}
+    operations = prefill_operations(TINY, setting, Workload(1024, tensor_parallel=2))
+    names = {"linear", "sums over ranks", "attention", "scoring", "sum of scores", "output"}
+    assert {operation.name for operation in operations} == names
+    scoring = only(operations, "scoring")
+    assert (scoring.count, scoring.flops) == (1, 2 * 2 * 2 * 1024)
+    assert only(operations, "sum of scores").link_bytes == 1024 * 4
+
+
 def test_streamingllm_scores_nothing() -> None:
     names = {operation.name for operation in prefill_operations(TINY, compressing("streamingllm"), Workload(1024))}
     assert names == {"linear", "sums over ranks", "attention", "moving", "output"}

@@ -49,16 +49,20 @@ def prefill_operations(shape: ModelShape, setting: Setting, workload: Workload) 
     """All operations from the prompt to the first token.
 
     Layers 0..T see n = N rows, later ones n = max(t N, what stays), the rest of the formulae is the same. Compressing
-    adds scoring and moving in every layer, TSP adds the stash and at each cut the sum of the scores over ranks.
+    adds scoring and moving in every layer, TSP adds the stash and at each cut the sum of the scores over ranks. What is
+    read again passes all layers; only the last query looks for it, in one layer.
     """
     plan = setting.plan(workload.context)
     operations = []
     for rows, layers in setting.rows_of_layers(shape, workload.context).items():
         operations += _layer_operations(shape, workload.tensor_parallel, rows=rows * workload.batch, layers=layers)
         operations.append(_causal_attention(shape, setting, workload, rows=rows, layers=layers))
-        if plan is not None and setting.scores:
+        if plan is not None and setting.scores and not setting.reads_again:
             operations.append(_scoring(shape, setting, workload, rows=rows, layers=layers, window=plan.num_voters))
-    if plan is not None:
+    if plan is not None and setting.reads_again:  # entries are cached where they stay
+        operations.append(_scoring(shape, setting, workload, rows=workload.context, layers=1, window=1))
+        operations.append(_sum_of_scores(workload, workload.context))
+    elif plan is not None:
         operations.append(_moving(shape, setting, workload, num_moved=plan.num_moved))
         operations += _propagation(shape, workload, [rows for _, rows in setting.cuts(shape, workload.context)])
     return [*operations, _output(shape, workload)]
@@ -130,11 +134,11 @@ def _propagation(shape: ModelShape, workload: Workload, rows_after: Sequence[int
         return []
     moved = 2 * (workload.context + sum(rows_after)) * shape.hidden_size * ACTIVATION_BYTES * workload.batch
     reached = [workload.context, *rows_after[:-1]]
-    sums = [
-        _all_reduce("sum of scores", rows * SCORE_BYTES * workload.batch, workload.tensor_parallel, count=1)
-        for rows in reached
-    ]
-    return [Operation("stash", memory_bytes=moved), *sums]
+    return [Operation("stash", memory_bytes=moved), *(_sum_of_scores(workload, rows) for rows in reached)]
+
+
+def _sum_of_scores(workload: Workload, rows: int) -> Operation:
+    return _all_reduce("sum of scores", rows * SCORE_BYTES * workload.batch, workload.tensor_parallel, count=1)
 
 
 def _all_reduce(name: str, message_bytes: int, tensor_parallel: int, *, count: int) -> Operation:

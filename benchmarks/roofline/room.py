@@ -64,7 +64,7 @@ def pool_blocks(shape: ModelShape, device: Device, setting: Setting, workload: W
     step_row = 2 * shape.hidden_size + 3 * shape.intermediate_size / ranks
     reserve = FIXED_BYTES + STEP_TOKENS * step_row * ACTIVATION_BYTES
     stash = 0
-    if setting.compression is not None and setting.compression.uses_tsp:
+    if setting.compression is not None and setting.compression.has_stash:
         tokens = setting.compression.max_tsp_tokens or workload.context + workload.generated
         stash = tokens * shape.hidden_size * ACTIVATION_BYTES
     free = device.memory_bytes * UTILISATION - weights - reserve - stash

@@ -42,16 +42,24 @@ class Setting:
         return () if plan is None else plan.cuts
 
     @property
+    def reads_again(self) -> bool:
+        """Whether the rows that go on are read again, as a prompt of their own."""
+        return self.compression is not None and method_class(self.compression.method).reads_again
+
+    @property
     def scores(self) -> bool:
         """Whether window queries are held against all keys."""
         return self.compression is not None and "queries" in method_class(self.compression.method).needs
 
     def rows_of_layers(self, shape: ModelShape, context: int) -> dict[int, int]:
-        """Rows a layer sees of a prompt -> number of such layers; a group more for each cut of TSP."""
+        """Rows a layer sees of a prompt -> number of such layers; a group more for each cut of TSP, at the latest.
+
+        Tokens that are read again pass all layers.
+        """
         groups, rows, first = {}, context, 0
         for layer, num_rows in self.cuts(shape, context):
             groups[rows] = layer + 1 - first
-            rows, first = num_rows, layer + 1
+            rows, first = num_rows, 0 if self.reads_again else layer + 1
         return {**groups, rows: shape.num_layers - first}
 
     def entries_of_layers(self, shape: ModelShape, workload: "Workload") -> tuple[int, ...]:
@@ -93,6 +101,9 @@ def setting_of(
     """
     if name in ("plain", "fp8"):
         return Setting(name, kv_bytes=1 if name == "fp8" else 2, block_size=block_size)
-    tsp = {"tsp_ratio": tsp_ratio, "tsp_layer": tsp_layer} if method_class(name).propagates else {}
+    cls = method_class(name)
+    tsp = {"tsp_ratio": tsp_ratio, "tsp_layer": tsp_layer} if cls.propagates else {}
+    if cls.reads_again:  # as many tokens as stay
+        del tsp["tsp_ratio"]
     mapping = {"retention_ratio": retention_ratio, **tsp}
     return Setting(name, CompressionConfig.from_mapping(name, mapping), block_size=block_size)

@@ -26,6 +26,7 @@ class PrefillRows:
         blocks: ids of the blocks of the prompt, in order, [ceil(P / block_size)] int64.
         destination: ids of the blocks that take the kept pages; None: the prompt goes on after this step.
         positions: of rows chosen at a cut, ascending, [count] int64; None: the prompt's own sequence.
+        tokens: ids of the prompt's tokens, [P] int64, where some are read again.
     """
 
     request_id: str
@@ -37,6 +38,7 @@ class PrefillRows:
     blocks: torch.Tensor
     destination: list[int] | None
     positions: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
     @property
     def rows(self) -> slice:

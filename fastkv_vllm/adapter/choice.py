@@ -98,7 +98,7 @@ class Choice:
         if servers:
             raise ValueError(f"files, memory and limits are the server's matter; leave out {', '.join(servers)}")
         config = self._for_model(CompressionConfig.from_mapping(method, {**self._given(method, settings), **settings}))
-        if config.uses_tsp and not self.default.uses_tsp:
+        if config.has_stash and not self.default.has_stash:
             raise ValueError(
                 f"{method} lets rows wait between chunks, and the server, started with {self.default.method}, has set "
                 "no memory aside for them; start it with --kv-compression fastkv"

@@ -131,6 +131,8 @@ class Compressor:
         layout, evictor = self.layout, self.evictor
         assert layout is not None and evictor is not None, "use_cache came first"
         for prefill in prefills:
+            if prefill.plan.reads_again and (layer != prefill.plan.first_cut or prefill.positions is not None):
+                continue  # the prompt is rated in one layer, what is read again nowhere
             with self._timed("score_us"):
                 inputs = self._inputs(prefill, layer, scale, query, key, kv_cache)
                 if prefill.destination is None:
@@ -144,6 +146,8 @@ class Compressor:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
             with self._timed("select_us"):
                 scores = self._settle(prefill, layer, scores)
+                if prefill.plan.reads_again:
+                    continue  # what is read again is cached where it stays
                 scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
                 if prefill.recipe.config.halting_loss is not None:
                     pages = self._halt(prefill, scores, query[prefill.rows][-1] * scale, key, kv_cache)

@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import method_class
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -60,6 +61,12 @@ def _parallel(name: str) -> Callable[[Any], str | None]:
 
 def _given(name: str) -> Callable[[Any], str | None]:
     return lambda config: _unless(getattr(config, name) is None, f"a {name}")
+
+
+def _other_than_tokens(config: Any) -> str | None:
+    if config.model_config.is_multimodal_model:
+        return "a model that reads images"
+    return _unless(not config.model_config.enable_prompt_embeds, "--enable-prompt-embeds")
 
 
 WITHOUT = "serve it without --kv-compression"
@@ -120,8 +127,14 @@ CONFLICTS = (
     Conflict(
         "late layers free of most prompt tokens (token-selective propagation)",
         lambda c: _unless(not c.cache_config.enable_prefix_caching, "prefix caching, which would share those blocks"),
-        'drop --enable-prefix-caching or set "tsp_ratio": 1.0',
+        'drop --enable-prefix-caching or (fastkv, asl) set "tsp_ratio": 1.0',
         concerns=lambda config: config.uses_tsp,
+    ),
+    Conflict(
+        "prompts of tokens alone, since some are read again",
+        _other_than_tokens,
+        "use another method",
+        concerns=lambda config: method_class(config.method).reads_again,
     ),
     Conflict(
         "every query of a prompt computed, since all of them vote",

@@ -64,7 +64,7 @@ class CompressingManager(FullAttentionManager):
         if plan is not None and request_id not in self.null_blocks:
             if num_tokens >= plan.num_tokens:
                 self.finishing.add(request_id)
-            elif plan.cuts:
+            elif plan.has_stash:
                 self.stashing.add(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 

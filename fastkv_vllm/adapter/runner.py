@@ -21,7 +21,7 @@ from fastkv_vllm.adapter.ragged import blocks_for
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
-from fastkv_vllm.cache import StepPlan
+from fastkv_vllm.cache import PromptPlan, StepPlan
 
 
 class CPUCompressionRunner(CPUModelRunner):
@@ -83,15 +83,32 @@ class CPUCompressionRunner(CPUModelRunner):
             starts = self.query_start_loc.np[: num_reqs + 1].tolist()
             segments = segments_of(starts, batch.prefills, batch.decodes)
             assert self._builder.view is not None, "left there by the build above"
-            self._tsp = TSPStep(self.compressor, segments, self._builder.view, self._builder, self._layer_names)
+            self._tsp = TSPStep(
+                self.compressor,
+                segments,
+                self._builder.view,
+                self._builder,
+                self._layer_names,
+                self.get_model().embed_input_ids,
+            )
         return metadata
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._orders is not None and self._orders.plan.renumbered:
+            kwargs["positions"] = self._renumbered(kwargs["positions"], self._orders.plan)
         if self._tsp is None:
             return super()._model_forward(*args, **kwargs)
         with self._tsp.detour(self._decoder_layers):
             hidden = super()._model_forward(*args, **kwargs)
         return self._tsp.scatter(hidden, kwargs["positions"].shape[0])
+
+    def _renumbered(self, positions: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """Positions that RoPE is to see: rows after a prompt that was read again follow the short prompt."""
+        positions, starts = positions.clone(), self.query_start_loc.np
+        for row, request_id in enumerate(self.input_batch.req_ids):
+            if request_id in plan.renumbered:
+                positions[starts[row] : starts[row + 1]] -= plan.null_blocks[request_id] * self._builder.block_size
+        return positions
 
     def _make_batch(self, orders: Orders) -> Batch:
         """The step's orders in terms of the rows of the persistent batch."""
@@ -121,6 +138,7 @@ class CPUCompressionRunner(CPUModelRunner):
                         start=int(self.input_batch.num_computed_tokens_cpu[row]),
                         blocks=table[row, :num_blocks].to(torch.int64),
                         destination=plan.destinations.get(request_id),
+                        tokens=self._prompt_tokens(row, prompt) if prompt.reads_again else None,
                     )
                 )
         return Batch(tuple(prefills), tuple(decodes), null_blocks, held, block_size)
@@ -142,6 +160,10 @@ class CPUCompressionRunner(CPUModelRunner):
             evicts=request_id in plan.evicting,
         )
         return [rows] if evictor.concerns(rows) else []
+
+    def _prompt_tokens(self, row: int, prompt: PromptPlan) -> torch.Tensor:
+        """Ids of a request's prompt tokens, [P] int64."""
+        return torch.from_numpy(self.input_batch.token_ids_cpu[row, : prompt.num_tokens]).to(torch.int64)
 
     def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
         """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""

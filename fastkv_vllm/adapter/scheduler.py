@@ -78,7 +78,7 @@ class _CompressionMixin(Scheduler):
         num_new_tokens = min(num_new_tokens, plan.num_tokens - num_computed_tokens)
         # vLLM may yet shorten a chunk before an image that its encoder has no room for.
         ends = num_computed_tokens + num_new_tokens == plan.num_tokens and not request.has_encoder_inputs
-        if plan.cuts and not ends and request.request_id not in self.manager.stashing:
+        if plan.has_stash and not ends and request.request_id not in self.manager.stashing:
             limit = self.compression.max_tsp_tokens
             assert limit is not None, "filled in by CompressionConfig.for_model"
             if self.manager.num_stash_tokens() + plan.num_tokens > limit:
@@ -104,7 +104,10 @@ class _CompressionMixin(Scheduler):
         for rid in evicting:
             self._count_prompts(self._config(self.requests[rid]), PromptStats(decode_blocks_freed=1))
         partial = frozenset(rid for rid in self.manager.plans if rid not in self.manager.null_blocks)
-        plan = StepPlan(prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks), evicting)
+        renumbered = frozenset(rid for rid in compressed if self.manager.plans[rid].reads_again)
+        plan = StepPlan(
+            prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks), evicting, renumbered
+        )
         attach_orders(scheduler_output, Orders(plan, {rid: self._config(self.requests[rid]) for rid in prefills}))
 
     def update_from_output(

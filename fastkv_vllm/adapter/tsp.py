@@ -8,6 +8,7 @@ chunk that carries the window.
 | decode, short prompt, replay        | goes on, unchanged                                   | goes on, unchanged      |
 | chunk of a prompt that goes on      | waits in the stash; late layers do not see it        |                         |
 | last chunk of a prompt              | replaced by the chosen rows of the whole prompt      | goes on if chosen again |
+| the same, of a prompt read again    | replaced by a short prompt that has run up to here   |                         |
 
 Where the layer of the cut is found while it runs, the first cut is the first layer that may have it: if it has not, all
 rows of the prompt go on, out of the stash, to the layer that has.
@@ -78,6 +79,7 @@ class TSPStep:
         view: attention metadata of the whole batch, null blocks already cut off.
         builder: makes the late layers' metadata.
         layer_names: names of the attention layers by index.
+        embed: token ids [n] -> what the first layer takes, [n, hidden].
     """
 
     def __init__(
@@ -87,12 +89,15 @@ class TSPStep:
         view: Any,
         builder: CompressionMetadataBuilder,
         layer_names: Mapping[int, str],
+        embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._compressor = compressor
         self._segments = segments
         self._view = view
         self._builder = builder
         self._layer_names = layer_names
+        self._embed = embed
+        self._forwards: Sequence[Layer] = ()  # the layers' own
         self._going = segments  # those with rows in the batch of the layer that runs
         self._positions: torch.Tensor | None = None  # of the rows after a cut; before it they are the model's
 
@@ -113,6 +118,7 @@ class TSPStep:
                 first_cuts.append(layer)
                 self._compressor.stats.tsp_rows_in += segment.count
         first = min(first_cuts)
+        self._forwards = [layer.forward for layer in layers]
         for index, decoder_layer in enumerate(layers[first:], start=first):
             decoder_layer.forward = self._replace(index, decoder_layer.forward)
         try:
@@ -171,10 +177,16 @@ class TSPStep:
                 continue
             assert prefill is not None, "it is cut"
             if prefill.destination is None:
-                self._stash(prefill, hidden[rows] + residual[rows])
+                if prefill.plan.has_stash:
+                    self._stash(prefill, hidden[rows] + residual[rows])
                 continue
             chosen = self._compressor.selected.pop(prefill.request_id)
             self._count(index, prefill, len(chosen))
+            if prefill.plan.reads_again:
+                again = replace(segment, count=len(chosen), prefill=_short_prompt(prefill, len(chosen)))
+                parts.append(self._read_again(index, again, chosen))
+                segments.append(again)
+                continue
             picked = self._pick(prefill, hidden[rows], residual[rows], positions[rows], chosen)
             parts.append((torch.zeros_like(picked), picked, chosen))
             prefill = replace(prefill, count=len(chosen), start=0, positions=chosen)
@@ -194,6 +206,25 @@ class TSPStep:
         if num_rows == prefill.plan.cuts[-1][1]:
             stats.tsp_rows_out += num_rows
         logger.debug("request %s: %d of its rows go on after layer %d", prefill.request_id, num_rows, index)
+
+    def _read_again(
+        self, index: int, segment: _Segment, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the chosen tokens as a short prompt through the layers up to this one.
+
+        Its entries go where they stay, into blocks of the prompt, of which these layers have no more need.
+
+        Returns:
+            Its rows after this layer: hidden, residual, positions.
+        """
+        prefill = segment.prefill
+        assert prefill is not None and prefill.tokens is not None and prefill.positions is not None, "set with the plan"
+        self._point([replace(segment, first=0)], range(index + 1))
+        hidden, residual = self._embed(prefill.tokens[chosen]), None
+        for forward in self._forwards[: index + 1]:
+            hidden, residual = forward(prefill.positions, hidden, residual)
+        assert residual is not None, "a layer has run"
+        return hidden, residual, prefill.positions
 
     def _stash(self, prefill: PrefillRows, stream: torch.Tensor) -> None:
         stash = self._compressor.stash
@@ -218,35 +249,47 @@ class TSPStep:
         return gather_stream(hidden[:0], hidden, residual, torch.searchsorted(positions, chosen))
 
     def _lay_out(self, index: int, segments: Sequence[_Segment]) -> None:
-        """Put these requests' rows one after the other, and point the layers after this one at that batch.
+        """Put these requests' rows one after the other, and point the layers after this one at that batch."""
+        starts = accumulate((segment.count for segment in segments), initial=0)
+        self._going = [segment.moved_to(first) for segment, first in zip(segments, starts, strict=False)]
+        if segments:
+            self._point(self._going, range(index + 1, len(self._layer_names)))
+
+    def _point(self, segments: Sequence[_Segment], layers: range) -> None:
+        """Make the batch of these rows that of these layers.
 
         The chosen rows of a prompt are cached densely from its first block on; its blocks hold nothing else in these
         layers yet, and compaction moves what stays to where decode expects it.
         """
-        counts = [segment.count for segment in segments]
-        starts = accumulate(counts, initial=0)
-        self._going = [segment.moved_to(first) for segment, first in zip(segments, starts, strict=False)]
-        if not segments:
-            return
-        late = take_requests(self._view, [segment.request for segment in segments], counts)
+        late = take_requests(self._view, [s.request for s in segments], [s.count for s in segments])
         slots = []
-        for i, segment in enumerate(self._going):
+        for i, segment in enumerate(segments):
             if segment.prefill is None or not segment.is_late:
                 slots.append(self._view.slot_mapping[self._segments[segment.request].rows])
                 continue
+            blocks = segment.prefill.blocks
             late.seq_lens[i] = segment.count
+            late.block_table_tensor[i, : len(blocks)] = blocks
             rank, block_size = torch.arange(segment.count), segment.prefill.plan.block_size
-            slots.append(segment.prefill.blocks[rank // block_size] * block_size + rank % block_size)
+            slots.append(blocks[rank // block_size] * block_size + rank % block_size)
         late.slot_mapping = torch.cat(slots)
-        prefills = tuple(segment.prefill for segment in self._going if segment.prefill is not None)
-        decodes = tuple(segment.decode for segment in self._going if segment.decode is not None)
+        prefills = tuple(s.prefill for s in segments if s.prefill is not None)
+        decodes = tuple(s.decode for s in segments if s.decode is not None)
         held = self._builder.batch.held if self._builder.batch is not None else {}
-        late_held = {i: held[s.request] for i, s in enumerate(self._going) if s.request in held}
+        late_held = {i: held[s.request] for i, s in enumerate(segments) if s.request in held}
         metadata = self._builder.build_for(late, prefills, decodes, late_held)
         context = get_forward_context()
-        for later, name in self._layer_names.items():
-            if later > index:
-                context.attn_metadata[name], context.slot_mapping[name] = metadata, late.slot_mapping
+        for layer in layers:
+            name = self._layer_names[layer]
+            context.attn_metadata[name], context.slot_mapping[name] = metadata, late.slot_mapping
+
+
+def _short_prompt(prefill: PrefillRows, num_tokens: int) -> PrefillRows:
+    """A prompt's chosen tokens as a prompt of their own, in the blocks that the prompt keeps."""
+    assert prefill.destination is not None, "the prompt ends"
+    kept = torch.tensor(prefill.destination)
+    blocks = torch.cat([kept, prefill.blocks[prefill.plan.num_whole_blocks :]])
+    return replace(prefill, count=num_tokens, start=0, blocks=blocks, positions=torch.arange(num_tokens))
 
 
 def segments_of(

@@ -36,7 +36,7 @@ class CPUCompressionWorker(CPUWorker):
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available  # said by the user, to the byte
         config = compression_config(self.vllm_config)
-        if not config.uses_tsp:
+        if not config.has_stash:
             return available
         assert config.max_tsp_tokens is not None, "filled in by CompressionConfig.for_model"
         row_bytes = self.model_config.get_hidden_size() * self.model_config.dtype.itemsize

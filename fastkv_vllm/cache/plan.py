@@ -45,6 +45,8 @@ class PromptPlan:
         evicts: a block that is full after the prompt is chosen from together with the kept pages, and goes back.
         cut_from: earliest layer of the only cut, where the worker finds its layer and `cuts` has the latest. None: cuts
             come after the layers they name.
+        reads_again: the rows that go on after the only cut are tokens, read again from layer 0 and position 0 on as a
+            prompt of their own, whose entries stay.
     """
 
     num_tokens: int
@@ -58,6 +60,12 @@ class PromptPlan:
     is_ragged: bool = False
     evicts: bool = False
     cut_from: int | None = None
+    reads_again: bool = False
+
+    @property
+    def has_stash(self) -> bool:
+        """Whether rows of the prompt's chunks wait for the last one."""
+        return bool(self.cuts) and not self.reads_again
 
     @property
     def first_cut(self) -> int | None:
@@ -129,6 +137,8 @@ class StepPlan:
         partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
         compressed: requests that hold compressed pages after this step; workers forget all others' page tables.
         evicting: requests compressed in an earlier step whose last block is full after this one: it is given back.
+        renumbered: requests compressed in an earlier step whose prompt was read again: their rows follow the short one,
+            at positions as much lower as the null blocks have slots.
     """
 
     prefills: Mapping[str, PromptPlan]
@@ -137,6 +147,7 @@ class StepPlan:
     partial: frozenset[str]
     compressed: frozenset[str]
     evicting: frozenset[str] = frozenset()
+    renumbered: frozenset[str] = frozenset()
 
 
 def plan_prompt(
@@ -152,6 +163,7 @@ def plan_prompt(
     num_recent: int = 0,
     is_ragged: bool = False,
     cut_from: int | None = None,
+    reads_again: bool = False,
     layers_keep_rows: bool = False,
     evicts: bool = False,
 ) -> PromptPlan | LeftAlone:
@@ -173,6 +185,7 @@ def plan_prompt(
         num_recent: last tokens that always stay, if more than the window; below num_kept.
         is_ragged: layers and KV heads share the pages unevenly.
         cut_from: earliest layer of the cut, where the worker decides and `cuts` has its latest.
+        reads_again: the rows after the cut are read again, and just those stay.
         layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
             then raised to whole pages and the mean is lowered to them: together they always see what they keep.
         evicts: entries are evicted while decoding.
@@ -206,4 +219,4 @@ def plan_prompt(
         if max(wished, least) < num_rows:
             num_rows = max(wished, least)
             effective.append((layer, num_rows))
-    return replace(plan, cuts=tuple(effective), cut_from=cut_from if effective else None)
+    return replace(plan, cuts=tuple(effective), cut_from=cut_from if effective else None, reads_again=reads_again)

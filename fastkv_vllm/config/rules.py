@@ -116,8 +116,12 @@ def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
     if not cls.propagates:
         for name in ("tsp_layer", "tsp_ratio", "tsp_tokens", "rank_variance", "min_tsp_layer", "max_tsp_tokens"):
             check(getattr(config, name) is None, name, f"left out: {config.method} does not propagate rows", config)
-    check_cuts(config)
     _complete_rank_variance(config, cls)
+    if cls.reads_again:
+        _check_reading_again(config)
+        check_cuts(config)
+        return
+    check_cuts(config)
     if cls.layer_budgets in CUT_BUDGETS:
         for name in ("budget", "tsp_tokens", "rank_variance"):
             rule = f"left out: where {config.method} cuts rows follows from retention_ratio"
@@ -155,6 +159,23 @@ def _complete_rank_variance(config: "CompressionConfig", cls: type[Method]) -> N
         check(config.min_tsp_layer is None, "min_tsp_layer", "left out without rank_variance", config)
     else:
         check(not is_list(config.tsp_layer), "tsp_layer", "one layer, the latest, with rank_variance", config)
+
+
+def _check_reading_again(config: "CompressionConfig") -> None:
+    """One layer is rated once; the tokens it chooses are all that stays, in all layers."""
+    method = config.method
+    for name in ("tsp_ratio", "tsp_tokens", "rank_variance", "halting_loss"):
+        rule = f"left out: {method} reads as many tokens again as stay"
+        check(getattr(config, name) is None, name, rule, config)
+    rule = f"left out: in {method} no rows wait between chunks"
+    check(config.max_tsp_tokens is None, "max_tsp_tokens", rule, config)
+    check(not is_list(config.tsp_layer), "tsp_layer", f"one layer: {method} reads again once", config)
+    rule = f"{UNIFORM}: in {method} all layers keep the same entries"
+    check(config.layer_budgets == UNIFORM, "layer_budgets", rule, config)
+    rule = f"false: {method} rates a prompt at one layer, and nothing after it"
+    check(not config.evict_while_decoding, "evict_while_decoding", rule, config)
+    rule = f"false: in {method} ratings are inner products, below zero, too"
+    check(not config.value_norms, "value_norms", rule, config)
 
 
 def _freeze_cuts(config: "CompressionConfig") -> None:

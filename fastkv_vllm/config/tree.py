@@ -141,13 +141,13 @@ class CompressionConfig:
             return self
         default = num_layers // 2 - 1 if self.rank_variance is None else num_layers - 2
         layer = default if self.tsp_layer is None else self.tsp_layer
-        limit = max_model_len if self.max_tsp_tokens is None else self.max_tsp_tokens
         if not 0 <= each(layer)[-1] < num_layers - 1:
             raise ValueError(
                 f"kv_compression_config: tsp_layer must be in 0..{num_layers - 2}, the model has {num_layers} layers; "
                 f"got {as_json(layer)}"
             )
-        if limit < max_model_len:
+        limit = max_model_len if self.max_tsp_tokens is None and self.has_stash else self.max_tsp_tokens
+        if limit is not None and limit < max_model_len:
             raise ValueError(
                 f"kv_compression_config: max_tsp_tokens must be at least the model's maximum length {max_model_len}; "
                 f"got {limit}; raise it or lower --max-model-len"
@@ -211,6 +211,11 @@ class CompressionConfig:
         return self.tsp_ratio is None or each(self.tsp_ratio)[-1] < 1
 
     @property
+    def has_stash(self) -> bool:
+        """Whether rows of a prompt's chunks may wait for the last one, in memory that the server sets aside."""
+        return self.uses_tsp and not method_class(self.method).reads_again
+
+    @property
     def tsp_layers(self) -> tuple[int, ...]:
         """Layers after which rows are cut, ascending; empty before `for_model` where they are not given."""
         return tuple(each(self.tsp_layer))
@@ -258,6 +263,8 @@ class CompressionConfig:
         cuts: list[tuple[int, int]] = []
         if self.uses_tsp and self.tsp_layers:
             rows = each(self.tsp_tokens) or [int(num_tokens * share) for share in each(self.tsp_ratio)]
+            if cls.reads_again:
+                rows = [0]  # raised to what stays
             cuts = list(zip(self.tsp_layers, rows, strict=True))
         return plan_prompt(
             num_tokens,
@@ -269,6 +276,7 @@ class CompressionConfig:
             min_tokens=self.min_tokens,
             num_voters=num_voters,
             num_recent=num_recent,
+            reads_again=cls.reads_again and bool(cuts),
             cut_from=None if self.min_tsp_layer is None else self.min_tsp_layer + 1,
             is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,

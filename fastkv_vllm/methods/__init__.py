@@ -17,6 +17,7 @@ from fastkv_vllm.methods.dbudgetkv import DBudgetKV
 from fastkv_vllm.methods.density import DENSITY, density
 from fastkv_vllm.methods.duoattention import DuoAttention
 from fastkv_vllm.methods.fastkv import FastKV
+from fastkv_vllm.methods.gemfilter import GemFilter
 from fastkv_vllm.methods.h2o import H2O
 from fastkv_vllm.methods.halting import halting_pages, kept_norms, last_attention
 from fastkv_vllm.methods.headkv import HeadKV
@@ -50,6 +51,7 @@ __all__ = [
     "DBudgetKV",
     "DuoAttention",
     "FastKV",
+    "GemFilter",
     "HeadKV",
     "LazyLLM",
     "Method",

@@ -24,6 +24,8 @@ class Method(ABC):
         needs: names of the inputs of `score`, out of "queries", "keys", "positions", "column_sums".
         propagates: the method also chooses the rows that go on after a cut.
         one_choice: the KV heads of a layer, on all ranks, keep the same entries: their scores are added.
+        reads_again: the rows that go on after the cut are tokens, read again from layer 0 and position 0 on as a prompt
+            of their own, and all of these entries stay.
         recent_ones_vote: the queries of all recent tokens vote, not those of the last `window_size`.
         most_voters_after_image: where a prompt has an image, so many of the tokens after the last one vote at most, not
             the last `window_size`; 0: images make no difference.
@@ -43,6 +45,7 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]]
     propagates: ClassVar[bool] = False
     one_choice: ClassVar[bool] = False
+    reads_again: ClassVar[bool] = False
     recent_ones_vote: ClassVar[bool] = False
     most_voters_after_image: ClassVar[int] = 0
     default_retention_ratio: ClassVar[float] = 0.1

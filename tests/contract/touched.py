@@ -28,7 +28,10 @@ MEMBERS = {
     ),
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "clear_override",
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "block_table num_computed_tokens_cpu num_reqs req_id_to_index req_ids",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "block_table num_computed_tokens_cpu num_reqs req_id_to_index req_ids token_ids_cpu"
+    ),
+    "vllm.model_executor.models.interfaces_base:VllmModel": "embed_input_ids",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "block_ids",
     "vllm.v1.worker.block_table:BlockTable": "block_table get_cpu_tensor",
     "vllm.v1.outputs:ModelRunnerOutput": "req_ids",
@@ -40,8 +43,8 @@ MEMBERS = {
         "speculative_config"
     ),
     "vllm.config:ModelConfig": (
-        "architecture dtype get_hidden_size get_sliding_window get_total_num_hidden_layers get_total_num_kv_heads "
-        "is_hybrid max_model_len model runner_type served_model_name use_mla"
+        "architecture dtype enable_prompt_embeds get_hidden_size get_sliding_window get_total_num_hidden_layers "
+        "get_total_num_kv_heads is_hybrid is_multimodal_model max_model_len model runner_type served_model_name use_mla"
     ),
     "vllm.config:CacheConfig": ("cache_dtype enable_prefix_caching kv_cache_memory_bytes kv_sharing_fast_prefill"),
     "vllm.config:SchedulerConfig": "async_scheduling scheduler_cls",

@@ -8,9 +8,11 @@ EVICTING = {"evict_while_decoding": True}
 CUTS = SMALL | {"tsp_layer": [2, 4, 5], "tsp_ratio": [0.6, 0.4, 0.3]}
 # With random weights ranks hardly settle: MIXED is cut after layers 3, 5 and 6.
 ASL = SMALL | {"tsp_ratio": 0.3, "rank_variance": 0.96}
+GEMFILTER = SMALL | {"tsp_layer": 3}
 METHODS = {
     "fastkv": TSP,
     "asl": ASL,
+    "gemfilter": GEMFILTER,
     "snapkv": SMALL,
     "streamingllm": SMALL,
     "tova": SMALL,
@@ -51,6 +53,7 @@ REQUESTS = {
     "fastkv": ("fastkv", TSP),
     "fastkv-cuts": ("fastkv", CUTS),
     "asl": ("asl", ASL),
+    "gemfilter": ("gemfilter", SMALL | {"tsp_layer": 4}),
     "snapkv": ("snapkv", SMALL | {"retention_ratio": 0.3}),
     "none": ("none", {}),
     "tova": ("tova", SMALL | {"retention_ratio": 0.15}),

@@ -6,6 +6,7 @@ from vllm.forward_context import get_forward_context
 
 from fastkv_vllm.adapter.step import orders_of
 from tests.engine.oracle import make_prompts
+from tests.engine.requests import answer
 from tests.engine.settings import SMALL, TSP
 
 
@@ -33,3 +34,4 @@ def test_mixed_requests(start, method, settings):
     tsp_steps = [s for s in steps if settings is TSP and orders_of(s).plan.prefills]
     assert len(eager) == len(tsp_steps) and all(eager)
     assert len(steps) > len(eager) + 30, "no step ran compiled"
+    answer(engine, ("gemfilter", "none"))  # compiled steps get positions of the runner's own

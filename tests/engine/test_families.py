@@ -6,7 +6,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from fastkv_vllm.adapter.conflicts import ARCHITECTURES
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import TSP
+from tests.engine.settings import GEMFILTER, TSP
 from tests.reference import FAMILIES
 from tests.reference.images import IMAGE_FAMILY
 
@@ -16,6 +16,13 @@ def test_family(start, checkpoints, family):
     arguments = {"max_model_len": 1024, "skip_tokenizer_init": family != IMAGE_FAMILY}
     engine = start("fastkv", TSP, checkpoint=checkpoints(family), **arguments)
     assert engine.core.vllm_config.model_config.architecture in ARCHITECTURES
+    with engine.step_tokens(100):
+        engine.check(make_prompts([500, 90, 333]))
+
+
+@pytest.mark.parametrize("family", ["gemma", "phi3"])
+def test_tokens_read_again_are_embedded_as_the_model_does(start, checkpoints, family):
+    engine = start("gemfilter", GEMFILTER, checkpoint=checkpoints(family), max_model_len=1024)
     with engine.step_tokens(100):
         engine.check(make_prompts([500, 90, 333]))
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import fastkv_vllm.adapter.compressor
+from fastkv_vllm.methods import method_class
+from tests.engine.harness import sampling
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, reference
-from tests.engine.settings import ASL, CUTS, SMALL, TSP
+from tests.engine.settings import ASL, CUTS, GEMFILTER, SMALL, TSP
 
 ENGINES = {
     "fastkv-max": ("fastkv", TSP),
@@ -19,6 +21,7 @@ ENGINES = {
     "vatp": ("vatp", SMALL),
     "h2o": ("h2o", SMALL),
     "a2sf": ("a2sf", SMALL),
+    "gemfilter": ("gemfilter", GEMFILTER),
 }
 LENGTHS = (700, 704, 1001)  # a tail longer than the window, none, one inside the window
 
@@ -48,14 +51,35 @@ def test_kept_entries(engine, selections, num_tokens, last):
     with engine.step_tokens(step_tokens):
         engine.check([prompt], max_tokens=4)
     expected = reference(engine.checkpoint, engine.config, prompt, 4)
-    kept, tsp_indices = positions_of(selections, expected.cut_layers, num_tokens, num_layers=len(expected.kept))
+    kept, tsp_indices = positions_of(selections, engine.config, expected, num_tokens)
     assert [rows.tolist() for rows in tsp_indices] == [rows.tolist() for rows in expected.tsp_indices]
     for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
         assert got.expand(len(want), -1).tolist() == [head.tolist() for head in want], f"layer {layer}"
 
 
-def positions_of(selections, cut_layers, num_tokens, num_layers):
-    """Kept positions per layer with the tail, which is not chosen, and the positions that go on after each cut."""
+def test_tokens_are_read_again_as_a_prompt_of_their_own(start):
+    """Plain vLLM answers the short prompt alike."""
+    engine = start("gemfilter", GEMFILTER)
+    (prompt,) = make_prompts([700], seed=700)
+    prompt = clear(engine.checkpoint, engine.config, prompt, 8)
+    with engine.step_tokens(90):
+        (output,) = engine.check([prompt], max_tokens=8)
+    (chosen,) = reference(engine.checkpoint, engine.config, prompt, 8).tsp_indices
+    extra = {"kv_compression": "none"}
+    short = {"prompt_token_ids": [prompt[position] for position in chosen]}
+    (alone,) = engine.llm.generate([short], sampling(8, extra_args=extra), use_tqdm=False)
+    assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def positions_of(selections, config, expected, num_tokens):
+    """Kept positions per layer with the tail, which is not chosen, and the positions that go on after each cut.
+
+    Which choices are whose follows from the layers of the cuts and their number, as the reference has them.
+    """
+    cut_layers, num_layers = expected.cut_layers, len(expected.kept)
+    if method_class(config.method).reads_again:
+        (chosen,) = selections  # once: all layers keep the tokens that go on, tail and all
+        return [chosen] * num_layers, [chosen[0]]
     columns = iter(selections)
     tail = torch.arange(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens)
     positions, tsp_indices, kept = torch.arange(num_tokens), [], []

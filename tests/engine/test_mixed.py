@@ -8,7 +8,7 @@ from fastkv_vllm.methods import method_names
 from tests.engine.harness import sampling
 from tests.engine.oracle import BLOCK_SIZE, make_prompts, plan_of, reference
 from tests.engine.requests import answer, filled
-from tests.engine.settings import CUTS, REQUESTS, SMALL, TSP
+from tests.engine.settings import CUTS, GEMFILTER, REQUESTS, SMALL, TSP
 
 
 @pytest.fixture
@@ -132,6 +132,12 @@ def test_a_server_may_set_a_least_ratio(start):
     engine.require_idle()
 
 
+def test_what_reads_again_needs_no_memory_set_aside(start):
+    engine = start("snapkv", SMALL | {"min_retention_ratio": 0.15})
+    with engine.step_tokens(97), engine.watch():
+        answer(engine, ("gemfilter", "snapkv", "gemfilter"))
+
+
 REFUSED = {
     "method": ({"kv_compression": "h3o"}, "unknown compression method 'h3o'"),
     "kind": ({"kv_compression": 3}, "kv_compression of a request must be a string; got 3"),
@@ -165,6 +171,7 @@ def test_what_the_server_has_not_made_room_for_is_refused(start):
     prompt = {"prompt_token_ids": list(range(4, 304))}
     for method, settings, message in (
         ("fastkv", CUTS, "lets rows wait between chunks, and the server, started with snapkv, has set no memory aside"),
+        ("gemfilter", GEMFILTER, r"late layers free of most prompt tokens .* and got prefix caching"),
         ("h2o", SMALL, "every query of a prompt computed, since all of them vote and got prefix caching"),
     ):
         extra = {"kv_compression": method, "kv_compression_config": settings}

@@ -5,7 +5,7 @@ import pytest
 from tests.engine.oracle import BLOCK_SIZE, make_prompts, plan_of
 from tests.engine.settings import EXACT
 
-ENGINES = pytest.mark.parametrize("name", ["fastkv", "fastkv-cuts", "snapkv"])
+ENGINES = pytest.mark.parametrize("name", ["fastkv", "fastkv-cuts", "gemfilter", "snapkv"])
 CROWD = make_prompts([250] * 9, seed=7)
 STEP = 100
 

@@ -47,6 +47,10 @@ REFUSED = {
         {"enable_prefix_caching": True, "kv_compression": "h2o"},
         "every query of a prompt computed, since all of them vote and got prefix caching",
     ),
+    "embeddings": (
+        {"enable_prompt_embeds": True, "kv_compression": "gemfilter"},
+        "prompts of tokens alone, since some are read again and got --enable-prompt-embeds",
+    ),
     "ranks": (
         {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "kv_compression": "adakv"},
         "all KV heads on one rank to share a layer's budget among them and got tensor_parallel size 2",
@@ -54,6 +58,9 @@ REFUSED = {
 }
 # What no argument reaches on CPU: a configuration that has it.
 UNREACHABLE = {
+    "prompts of tokens alone, since some are read again": SimpleNamespace(
+        model_config=SimpleNamespace(is_multimodal_model=True)
+    ),
     "keys and values per head": SimpleNamespace(model_config=SimpleNamespace(use_mla=True)),
     "attention in each layer": SimpleNamespace(model_config=SimpleNamespace(is_hybrid=True)),
     "whole requests on a rank": SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2)),
@@ -73,7 +80,7 @@ def test_a_conflict_is_refused(checkpoint, name):
     with pytest.raises(ValueError) as error:
         configure(checkpoint, **arguments)
     head, *lines = str(error.value).splitlines()
-    assert re.fullmatch("--kv-compression (snapkv|fastkv|adakv|h2o) cannot run:", head)
+    assert re.fullmatch("--kv-compression (snapkv|fastkv|gemfilter|adakv|h2o) cannot run:", head)
     assert len(lines) == 1 and lines[0].startswith(f"- it needs {sentence}") and "; " in lines[0], lines
 
 

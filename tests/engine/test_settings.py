@@ -21,6 +21,8 @@ VARIANTS = {
     "a2sf-recent": ("a2sf", SMALL | {"recent_share": 0.0}),
     "asl-earliest": ("asl", ASL | {"rank_variance": 0.99, "min_tsp_layer": 3, "tsp_layer": 5}),
     "asl-norms": ("asl", ASL | {"value_norms": True, "num_sink": 3, "pooling": "avg"}),
+    "gemfilter-sinks": ("gemfilter", {"min_tokens": 128, "budget": 150, "num_sink": 3, "tsp_layer": 0}),
+    "gemfilter-last": ("gemfilter", SMALL | {"tsp_layer": 6, "window_size": 1, "recent_share": 0.3}),
     "fastkv-without-tsp": ("fastkv", SMALL | {"tsp_ratio": 1.0}),
 }
 

@@ -16,7 +16,7 @@ from tests.engine.test_kept import positions_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fastkv", "fastkv-cuts", "asl", "snapkv", "tova", "h2o"])
+@pytest.mark.parametrize("name", ["fastkv", "fastkv-cuts", "asl", "gemfilter", "snapkv", "tova", "h2o"])
 def test_two_ranks_agree_with_one(start, checkpoint, name):
     """The subprocess has checked the mixed batch against the reference, in chunks, too."""
     two = run_on_two_ranks(checkpoint, name)
@@ -31,7 +31,7 @@ def test_two_ranks_agree_with_one(start, checkpoint, name):
     assert len(two["selections"]) == 2
     for rank, selections in enumerate(two["selections"]):
         columns = [torch.tensor(columns) for columns in selections]
-        kept, tsp_indices = positions_of(columns, expected.cut_layers, len(prompt), len(expected.kept))
+        kept, tsp_indices = positions_of(columns, engine.config, expected, len(prompt))
         assert [n.tolist() for n in tsp_indices] == [n.tolist() for n in expected.tsp_indices], f"rank {rank}"
         for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):
             assert got.tolist() == [want[rank].tolist()], f"rank {rank}, layer {layer}"

@@ -16,6 +16,7 @@ from tests.reference.images import image_rows
 from tests.reference.scores import (
     all_query_scores,
     last_query_attention,
+    last_query_products,
     last_query_scores,
     recent_query_scores,
     value_norms,
@@ -117,8 +118,14 @@ class ReferenceModel:
         """
         num_context = len(prompt) if num_context is None else num_context
         hidden, layers, kept, cuts = self._prefill(prompt[:num_context], drop)
+        shift = 0
+        if drop is not None and drop.method == "gemfilter":
+            (chosen,) = cuts.values()
+            hidden, layers, _, _ = self._prefill([prompt[p] for p in chosen], drop=None)
+            kept = [[chosen] * self.num_kv_heads] * len(layers)
+            shift = num_context - len(chosen)
         for position in range(num_context, len(prompt)):
-            hidden = self._decode(layers, prompt[position], position, drop)
+            hidden = self._decode(layers, prompt[position], position - shift, drop)
         tokens, logprobs, margins = [], [], []
         while True:
             logits = self._head(hidden[-1])
@@ -128,7 +135,7 @@ class ReferenceModel:
             margins.append(float(best[0] - best[1]))
             if len(tokens) == max_tokens:
                 return Generation(tokens, logprobs, margins, kept, list(cuts.values()), list(cuts))
-            hidden = self._decode(layers, tokens[-1], len(prompt) + len(tokens) - 1, drop)
+            hidden = self._decode(layers, tokens[-1], len(prompt) + len(tokens) - 1 - shift, drop)
 
     def _prefill(
         self, prompt: Sequence[int], drop: Drop | None
@@ -270,6 +277,8 @@ def _votes(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tens
         return voters_scores(queries, keys, drop.num_voters)
     if drop.method in ("tova", "lazyllm"):
         return last_query_scores(queries, keys).expand(keys.shape[0], -1)
+    if drop.method == "gemfilter":
+        return last_query_products(queries, keys).expand(keys.shape[0], -1)
     if drop.decay is not None:
         return all_query_scores(queries, keys, drop.decay)
     return window_scores(queries, keys, drop)

@@ -68,6 +68,22 @@ def recent_query_scores(queries: Tensor, keys: Tensor, num_recent: int) -> Tenso
     return scores
 
 
+def last_query_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """Inner products of the last query with every key, summed over query heads, mean of five around: one rating.
+
+    Args:
+        queries: roped queries of the layer, [Hq, n, D], float32 or float64.
+        keys: roped keys of the layer, [H, n, D], same dtype.
+    Returns: [1, n], same dtype.
+    Source: GemFilter, arXiv 2409.17422; beyond the ends there are zeros.
+    """
+    group_size, num_rows = queries.shape[0] // keys.shape[0], keys.shape[1]
+    products = torch.zeros(num_rows + 4, dtype=queries.dtype)
+    for head, rows in enumerate(queries):
+        products[2:-2] += keys[head // group_size] @ rows[-1] / rows.shape[-1] ** 0.5
+    return sum(products[i : i + num_rows] for i in range(5)).unsqueeze(0) / 5
+
+
 def voters_scores(queries: Tensor, keys: Tensor, num_voters: int) -> Tensor:
     """Attention that every key gets from the last queries, per KV head.
 

@@ -22,7 +22,7 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
             raise VLLMValidationError(
                 f"prompt_logprobs cannot be had with token-selective propagation ({config.method}): late layers do not "
                 "see all prompt tokens; leave prompt_logprobs out of the request, or let it ask for kv_compression "
-                '"none" or set "tsp_ratio": 1.0'
+                '"none" or (fastkv, asl) set "tsp_ratio": 1.0'
             )
 
     return validate_request
