@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from fastkv_vllm.adapter.conflicts import conflicts_of_method
+from fastkv_vllm.adapter.request import context_tokens
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import CUT_BUDGETS, method_class
 
@@ -76,6 +77,25 @@ class Choice:
             return self._make(method, settings, json.dumps(flat))
         except ValueError as error:
             raise VLLMValidationError(f"this request cannot be compressed as it asks: {error}") from error
+
+    def require_servable(self, processed_inputs: Any, params: Any) -> None:
+        """Refuse a request before anything of it is scheduled.
+
+        Args:
+            processed_inputs: vLLM's form of the prompt.
+            params: SamplingParams or PoolingParams.
+
+        Raises:
+            VLLMValidationError: it asks for what this server cannot do.
+        """
+        context_tokens(params, len(processed_inputs.get("prompt_token_ids") or ()))
+        config = self.of(params)
+        if config is not None and config.uses_tsp and getattr(params, "prompt_logprobs", None) is not None:
+            raise VLLMValidationError(
+                f"prompt_logprobs cannot be had with token-selective propagation ({config.method}): late layers do not "
+                "see all prompt tokens; leave prompt_logprobs out of the request, or let it ask for kv_compression "
+                '"none" or (fastkv, asl) set "tsp_ratio": 1.0'
+            )
 
     def _make_uncached(self, method: str, text: str, flat: str) -> CompressionConfig | None:
         try:

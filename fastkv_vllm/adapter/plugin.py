@@ -8,6 +8,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from fastkv_vllm.adapter import native
+
 logger = logging.getLogger("vllm.fastkv")
 
 _ARG_UTILS = "vllm.engine.arg_utils"
@@ -15,6 +17,8 @@ _ARG_UTILS = "vllm.engine.arg_utils"
 
 def register() -> None:
     """`vllm.general_plugins`: teach vLLM's engine arguments ours. Idempotent; changes nothing without the flag."""
+    if native.register_arguments():
+        return
     import_module(_ARG_UTILS)  # first: its import may call us back through `platform_hook`
     from fastkv_vllm.adapter.patches import engine_args_cli, engine_args_config, engine_args_init
 
@@ -30,6 +34,8 @@ def platform_hook() -> None:
     plugins are loaded when vLLM is first imported: from here we run `register` as soon as the module of the engine
     arguments has been imported.
     """
+    if native.register_arguments():
+        return
     module = sys.modules.get(_ARG_UTILS)
     if module is None:
         sys.meta_path.insert(0, _AfterImport())

@@ -27,7 +27,8 @@ from fastkv_vllm.cache import PromptPlan, StepPlan
 class CPUCompressionRunner(CPUModelRunner):
     """Obeys the plan of each step. `start_compression` stands in for an initialiser.
 
-    The worker builds vLLM's runner and gives it this class: there is no other seam on CPU.
+    The worker builds vLLM's runner and gives it this class: there is no other seam on CPU,
+    unless vLLM has patches/0003.
     """
 
     def start_compression(self) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
+from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
@@ -105,8 +106,8 @@ class TSPStep:
     def detour(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within it, layers with a cut hand on the next batch and the layers after them run on that.
 
-        Only the instances' `forward` is replaced, and only meanwhile: compiled code never traces it, which is why
-        this step must run uncompiled.
+        Only the instances' `forward` is replaced, and only meanwhile, unless the forward context takes detours
+        (patches/0004): compiled code never sees either, which is why this step must run uncompiled.
 
         Args:
             layers: all decoder layers, in order.
@@ -119,6 +120,14 @@ class TSPStep:
                 self._compressor.stats.tsp_rows_in += segment.count
         first = min(first_cuts)
         self._forwards = [layer.forward for layer in layers]
+        if native.detours_layers():
+            setattr(
+                get_forward_context(),
+                native.DETOUR_FIELD,
+                lambda index, layer: layer if index < first else self._replace(index, layer),
+            )
+            yield
+            return
         for index, decoder_layer in enumerate(layers[first:], start=first):
             decoder_layer.forward = self._replace(index, decoder_layer.forward)
         try:

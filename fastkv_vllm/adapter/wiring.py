@@ -8,10 +8,11 @@ from typing import Any
 from vllm import envs
 from vllm.config import VllmConfig
 
+from fastkv_vllm.adapter import native
+from fastkv_vllm.adapter.arguments import configured
 from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
-from fastkv_vllm.adapter.patches.engine_args_init import configured
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
 from fastkv_vllm.config import CompressionConfig
@@ -94,7 +95,10 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
-    validate_request.install(Choice(vllm_config, config))
+    if native.names_request_validators():
+        setattr(vllm_config, native.VALIDATOR_FIELD, f"{_PACKAGE}.validator.RequestValidator")
+    else:
+        validate_request.install(Choice(vllm_config, config))
     measured = None if config.head_weights is None else "given for each layer and KV head"
     rows = {
         **config.to_mapping(),

@@ -19,13 +19,18 @@ class CPUCompressionWorker(CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        if type(self.model_runner) is not CPUModelRunner:
+        if type(self.model_runner) is CPUModelRunner:
+            self.model_runner.__class__ = CPUCompressionRunner
+        if type(self.model_runner) is not CPUCompressionRunner:
             raise RuntimeError(
                 f"compression runs on vLLM's CPUModelRunner (V1) and got {type(self.model_runner).__name__}; unset "
                 "VLLM_USE_V2_MODEL_RUNNER"
             )
-        self.model_runner.__class__ = CPUCompressionRunner
         self.model_runner.start_compression()
+
+    def _make_model_runner(self) -> CPUCompressionRunner:
+        """What a vLLM with patches/0003 asks for; any other makes its own runner, which then changes its class."""
+        return CPUCompressionRunner(self.vllm_config, self.device)
 
     def load_model(self, **kwargs: Any) -> None:
         with _compression_backend():

@@ -6,17 +6,8 @@ from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
+from fastkv_vllm.adapter.arguments import CompressionArgs, configured
 from fastkv_vllm.adapter.patches.base import Patch
-from fastkv_vllm.config import CompressionConfig
-
-
-@dataclasses.dataclass
-class CompressionArgs:
-    """The two arguments we add to vLLM's engine arguments."""
-
-    kv_compression: str | None = None
-    kv_compression_config: dict[str, Any] | None = None
-
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CompressionArgs))
 
@@ -26,19 +17,6 @@ def add_fields() -> None:
     for owner in (EngineArgs, AsyncEngineArgs):
         for field in dataclasses.fields(CompressionArgs):
             owner.__dataclass_fields__.setdefault(field.name, field)
-
-
-def configured(args: Any) -> CompressionConfig | None:
-    """Configuration the engine arguments ask for; None: no compression.
-
-    Raises:
-        ValueError: the settings do not fit, or come without a method.
-    """
-    if args.kv_compression is not None:
-        return CompressionConfig.from_mapping(args.kv_compression, args.kv_compression_config or {})
-    if args.kv_compression_config is not None:
-        raise ValueError("--kv-compression-config is given without --kv-compression; name a method too")
-    return None
 
 
 def _wrap(original: Callable[..., None]) -> Callable[..., None]:

@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.platforms.interface import Platform
 
 from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.patches.base import Patch
-from fastkv_vllm.adapter.request import context_tokens
 
 _choices: list[Choice] = []  # of the engine configured last in this process, at most one
 
@@ -16,14 +14,7 @@ _choices: list[Choice] = []  # of the engine configured last in this process, at
 def _wrap(original: Callable[..., None]) -> Callable[..., None]:
     def validate_request(cls: type, processed_inputs: Any, params: Any) -> None:
         original(cls, processed_inputs, params)
-        context_tokens(params, len(processed_inputs.get("prompt_token_ids") or ()))
-        config = _choices[0].of(params)
-        if config is not None and config.uses_tsp and getattr(params, "prompt_logprobs", None) is not None:
-            raise VLLMValidationError(
-                f"prompt_logprobs cannot be had with token-selective propagation ({config.method}): late layers do not "
-                "see all prompt tokens; leave prompt_logprobs out of the request, or let it ask for kv_compression "
-                '"none" or (fastkv, asl) set "tsp_ratio": 1.0'
-            )
+        _choices[0].require_servable(processed_inputs, params)
 
     return validate_request
 

@@ -1,0 +1,90 @@
+"""The series in patches/: it applies to the installed vLLM; on the result nothing is patched and all is the same."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.engine.settings import EXACT
+from tests.engine.test_identity import runs_of
+
+ROOT = Path(__file__).parents[2]
+SERIES = [ROOT / "patches" / line for line in (ROOT / "patches/series").read_text().split()]
+NAME = "fastkv"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to put first on the path: vLLM with the series. What it changes are copies, all else are links."""
+    tree = tmp_path_factory.mktemp("patched")
+    spec = find_spec("vllm")
+    assert spec is not None and spec.origin is not None, "vLLM is installed"
+    overlay(Path(spec.origin).parent, tree / "vllm", {name.removeprefix("vllm/") for name in changed()})
+    for patch in SERIES:
+        done = subprocess.run(["git", "apply", "--verbose", patch], cwd=tree, capture_output=True, text=True)
+        assert done.returncode == 0 and "Skipped" not in done.stderr, f"{patch.name}: {done.stderr}"
+    return tree
+
+
+def changed() -> set[str]:
+    """Files that the series changes or adds."""
+    return {name for patch in SERIES for name in re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(), re.MULTILINE)}
+
+
+def overlay(source: Path, target: Path, copied: set[str]) -> None:
+    """Links to what lies in a directory, but copies of these files, and directories on the way to them."""
+    target.mkdir()
+    for entry in source.iterdir():
+        inside = {name.removeprefix(f"{entry.name}/") for name in copied if name.split("/")[0] == entry.name}
+        if not inside:
+            (target / entry.name).symlink_to(entry)
+        elif entry.is_dir():
+            overlay(entry, target / entry.name, inside)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+
+
+@pytest.fixture(scope="module")
+def patched(tree: Path, checkpoint: Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.patch_series_run", str(checkpoint), NAME],
+        # A cache of its own: what vLLM remembers of a model goes by the file it is written in.
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]), "VLLM_CACHE_ROOT": str(tree / "cache")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and lines, done.stdout[-4000:] + done.stderr[-8000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def test_the_series_lists_every_patch() -> None:
+    assert sorted((ROOT / "patches").glob("*.patch")) == SERIES
+
+
+def test_tokens_and_block_counts_are_those_of_the_plugin(patched: dict, tree: Path, start) -> None:
+    assert Path(patched["vllm"]).is_relative_to(tree)
+    ours = json.loads(json.dumps(runs_of(start(*EXACT[NAME]))))
+    assert [(tokens, free) for tokens, _, free in patched["runs"]] == [(tokens, free) for tokens, _, free in ours]
+    assert patched["runs"] == ours, "and every logprob to the last bit"
+
+
+def test_nothing_is_patched(patched: dict) -> None:
+    assert patched["patched"] == [] and patched["import_hooks"] == []
+    assert patched["asked_for_its_runner"] == [True]
+    assert patched["calls_of_layers"] > 0 and patched["shadowed"] == 0
+
+
+def test_arguments_and_requests_are_checked_alike(patched: dict) -> None:
+    assert patched["flags"] == ["snapkv", {"budget": 64}] and patched["positional"]
+    assert "unexpected keyword argument 'kv_compresion'" in patched["typo"]
+    assert patched["refusal"].startswith("prompt_logprobs cannot be had with token-selective propagation")
