@@ -1,14 +1,15 @@
 """Do we keep what kvpress keeps? The same checkpoint, prompts and counts in both, entry by entry.
 
-python -m benchmarks.oracle.compare [--methods snapkv,streamingllm,fastkv] [--ratios 0.1,0.2,0.5] [--prompts 8]
-                                    [--length 1024] [--json FILE]
+python -m benchmarks.oracle.compare [--methods snapkv,tova,...] [--ratios 0.1,0.2,0.5] [--prompts 8] [--length 1024]
+                                    [--json FILE]
 python -m benchmarks.oracle.compare --speed [--length 4096] [--json FILE]
 
 Needs the environment that `scripts/judge_env.sh kvpress` makes. Printed: per method and ratio the overlap of the two
 kept sets, |ours & theirs| / max(|ours|, |theirs|), over all (prompt, layer, KV head), with each difference of
 definition taken out, and at the middle ratio once more with the window and kernel that kvpress ships; then the
 differences, and the overlap with one of them left in. float32 and greedy on both sides. FastKV is not in kvpress: its
-layers up to the TSP layer are compared with SnapKV's.
+layers up to the TSP layer are compared with SnapKV's. Uneven budgets (pyramidkv, adakv) follow other arithmetic there:
+kvpress gets our count of each layer and head and chooses by its own scores.
 
 Ends with exit status 1 where a difference taken out does not explain what is left: sets that differ by more than a
 tie, or other answers. --speed is described in `benchmarks.oracle.rival`.
@@ -26,14 +27,14 @@ from benchmarks.child import run_in_child
 from benchmarks.environment import describe_command, describe_environment
 from benchmarks.judges import ROOT, JudgeMissing, judge_python
 from benchmarks.oracle import rival
-from benchmarks.oracle.differences import DIFFERENCES, KVPRESS_VOTING, Pair, aligned, compression_ratio
+from benchmarks.oracle.differences import DIFFERENCES, KVPRESS_VOTING, POOLING, Pair, aligned, compression_ratio
 from benchmarks.oracle.judge import run_kvpress
-from benchmarks.oracle.overlap import Agreement, add_prompt
+from benchmarks.oracle.overlap import Agreement, Kept, add_prompt
 from benchmarks.questions import CHECKPOINT, MAX_ANSWER_TOKENS, TSP_LAYER
 from benchmarks.table import format_table
 from benchmarks.tiny_model.language import END, TASKS, make_example
 
-METHODS = ("snapkv", "streamingllm", "fastkv")
+METHODS = ("snapkv", "streamingllm", "fastkv", "pyramidkv", "adakv", "tova")
 
 Answers = list[dict[str, Any]]  # per prompt `kept`, `tokens` and, from the judge, `scores`
 
@@ -71,14 +72,13 @@ def compare(pairs: Sequence[Pair], num_prompts: int) -> tuple[list[Outcome], dic
         if _key(task) not in ours:
             print(f"ours: {pair.method} {pair.config}, {pair.num_tokens} tokens", file=sys.stderr, flush=True)
             ours[_key(task)] = run_in_child("benchmarks.oracle.engine_child", task)
-    jobs = {_key(job): job for job in (_their_job(pair, num_prompts) for pair in pairs)}
-    print(f"kvpress: {len(jobs)} settings", file=sys.stderr, flush=True)
-    answer = run_kvpress({"model": str(CHECKPOINT), "jobs": list(jobs.values())})
-    theirs = dict(zip(jobs, answer["jobs"], strict=True))
-    outcomes = [
-        judge(pair, ours[_key(_our_task(pair, num_prompts))], theirs[_key(_their_job(pair, num_prompts))])
-        for pair in pairs
-    ]
+    answers = [ours[_key(_our_task(pair, num_prompts))] for pair in pairs]
+    jobs = [_their_job(pair, mine, num_prompts) for pair, mine in zip(pairs, answers, strict=True)]
+    different = {_key(job): job for job in jobs}
+    print(f"kvpress: {len(different)} settings", file=sys.stderr, flush=True)
+    answer = run_kvpress({"model": str(CHECKPOINT), "jobs": list(different.values())})
+    theirs = dict(zip(different, answer["jobs"], strict=True))
+    outcomes = [judge(pair, mine, theirs[_key(job)]) for pair, mine, job in zip(pairs, answers, jobs, strict=True)]
     return outcomes, answer["versions"]
 
 
@@ -90,23 +90,34 @@ def judge(pair: Pair, ours: Answers, theirs: Answers) -> Outcome:
     """
     agreement = Agreement()
     for prompt, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        for side, kept, count in (("we", mine, pair.kept_by_us), ("kvpress", other, pair.kept_by_them)):
-            counts = {len(head) for layer in pair.layers for head in kept["kept"][layer]}
-            if counts != {count}:
-                raise RuntimeError(f"{pair}: {side} should keep {count} entries and kept {sorted(counts)}")
+        _require_count(pair, "we", mine["kept"], pair.kept_by_us)
+        _require_count(pair, "kvpress", other["kept"], pair.kept_by_them)
         add_prompt(agreement, prompt, mine["kept"], other["kept"], other["scores"], pair.layers)
     same = [mine["tokens"] == other["tokens"] for mine, other in zip(ours, theirs, strict=True)]
     return Outcome(agreement, len(same), sum(same) if pair.compares_answers else None)
+
+
+def _require_count(pair: Pair, side: str, kept: Kept, count: int) -> None:
+    """Each layer and head keeps the count; uneven ones in the mean, which each layer's rounding may move by a half."""
+    counts = [len(head) for layer in pair.layers for head in kept[layer]]
+    if pair.plan.is_ragged:
+        if abs(sum(counts) / len(counts) - count) > 0.5:
+            raise RuntimeError(f"{pair}: {side} should keep {count} entries in the mean and kept {counts}")
+    elif set(counts) != {count}:
+        raise RuntimeError(f"{pair}: {side} should keep {count} entries and kept {sorted(set(counts))}")
 
 
 def _our_task(pair: Pair, num_prompts: int) -> dict[str, Any]:
     return {"model": str(CHECKPOINT), "method": pair.method, "config": pair.config, **_questions(pair, num_prompts)}
 
 
-def _their_job(pair: Pair, num_prompts: int) -> dict[str, Any]:
+def _their_job(pair: Pair, ours: Answers, num_prompts: int) -> dict[str, Any]:
     ratio = compression_ratio(pair.num_tokens, pair.kept_by_them)
     settings = pair.settings | {"compression_ratio": ratio}
-    return {"press": pair.press, "settings": settings, **_questions(pair, num_prompts)}
+    counts = None
+    if pair.plan.is_ragged and pair.num_kept is None:
+        counts = [[[len(head) for head in layer] for layer in answer["kept"]] for answer in ours]
+    return {"press": pair.press, "settings": settings, "counts": counts, **_questions(pair, num_prompts)}
 
 
 def _questions(pair: Pair, num_prompts: int) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def compare_all(methods: Sequence[str], ratios: Sequence[float], num_prompts: in
     """Run and print everything; returns the report."""
     middle = sorted(ratios)[len(ratios) // 2]
     pairs = [aligned(method, ratio, num_tokens) for method in methods for ratio in ratios]
-    pairs += [aligned(method, middle, num_tokens, **KVPRESS_VOTING) for method in methods if method != "streamingllm"]
+    pairs += [aligned(method, middle, num_tokens, **KVPRESS_VOTING) for method in methods if method in POOLING]
     put_back = [
         (method, difference.what, difference.left_in(aligned(method, middle, num_tokens)))
         for method in methods

@@ -12,11 +12,13 @@ from typing import Any
 
 from benchmarks.oracle.engine_child import BLOCK_SIZE
 from benchmarks.questions import TSP_LAYER
-from fastkv_vllm.cache import LeftAlone
+from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
 
 NUM_LAYERS = 8  # of the tiny model
 KVPRESS_VOTING = {"window_size": 64, "kernel_size": 5}  # SnapKVPress as shipped
+_EVICTING = ("streamingllm", "tova")  # methods that go on after the prompt
+POOLING = ("snapkv", "fastkv", "pyramidkv", "adakv")  # methods whose window votes are pooled over positions
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Pair:
         method, config: ours.
         press, settings: theirs, `compression_ratio` not among the settings.
         num_tokens: tokens of each prompt.
-        num_kept: entries they are to keep; None: as many as we do.
+        num_kept: entries they are to keep, of each layer and head or, where budgets are uneven, in the mean, shared
+            by their own arithmetic; None: as many as we do, in each layer and head.
         layers: those whose entries are compared.
     """
 
@@ -40,11 +43,16 @@ class Pair:
     layers: range = field(default=range(NUM_LAYERS))
 
     @property
-    def kept_by_us(self) -> int:
+    def plan(self) -> PromptPlan:
         plan = CompressionConfig.from_mapping(self.method, self.config).plan(self.num_tokens, BLOCK_SIZE)
         if isinstance(plan, LeftAlone):
             raise ValueError(f"{self.method} {self.config} leaves {self.num_tokens} tokens alone: {plan.value}")
-        return plan.num_kept
+        return plan
+
+    @property
+    def kept_by_us(self) -> int:
+        """Entries of each layer and head, or their mean."""
+        return self.plan.num_kept
 
     @property
     def kept_by_them(self) -> int:
@@ -97,12 +105,17 @@ def aligned(method: str, retention_ratio: float, num_tokens: int, **voting: int)
     Raises:
         ValueError: the prompt is left alone, or ends in a block tail longer than the window.
     """
-    config: dict[str, Any]
-    if method == "streamingllm":
-        config = {"retention_ratio": retention_ratio, "evict_while_decoding": False}  # kvpress drops nothing later
-        return Pair(method, config, method, {"n_sink": 4}, num_tokens)
-    config = {"retention_ratio": retention_ratio, "pooling": "avg", **voting}
+    config: dict[str, Any] = {"retention_ratio": retention_ratio}
+    settings: dict[str, Any] = {}
     layers = range(NUM_LAYERS)
+    if method in _EVICTING:
+        config["evict_while_decoding"] = False
+    if method == "streamingllm":
+        return Pair(method, config, method, {"n_sink": 4}, num_tokens)
+    if method == "tova":
+        config["window_size"] = 1
+    else:
+        config |= {"pooling": "avg", **voting}
     if method == "fastkv":
         config["tsp_layer"], layers = TSP_LAYER, range(TSP_LAYER + 1)
     full = CompressionConfig.from_mapping(method, config)
@@ -111,8 +124,9 @@ def aligned(method: str, retention_ratio: float, num_tokens: int, **voting: int)
             f"the length must leave at most {full.window_size} tokens over whole blocks of {BLOCK_SIZE}: a longer "
             f"tail is always kept, which kvpress cannot do; got {num_tokens}"
         )
-    settings = {"window_size": full.window_size, "kernel_size": full.kernel_size}
-    return Pair(method, config, "snapkv", settings, num_tokens, layers=layers)
+    if method in POOLING:
+        settings = {"window_size": full.window_size, "kernel_size": full.kernel_size}
+    return Pair(method, config, "snapkv" if method == "fastkv" else method, settings, num_tokens, layers=layers)
 
 
 def _nominal_count(pair: Pair) -> int:
@@ -120,15 +134,16 @@ def _nominal_count(pair: Pair) -> int:
 
 
 def _as_shipped(pair: Pair) -> Pair:
-    config = {name: value for name, value in pair.config.items() if name != "pooling"}
+    config = {name: value for name, value in pair.config.items() if name in ("retention_ratio", "tsp_layer")}
     return replace(pair, config=config, settings={}, num_kept=_nominal_count(pair))
 
 
-_VOTING = ("snapkv", "fastkv")
-_ALL = ("snapkv", "streamingllm", "fastkv")
+_EVEN = ("snapkv", "streamingllm", "fastkv", "tova")
+_VOTING = (*POOLING, "tova")
+_ALL = (*POOLING, "streamingllm", "tova")
 DIFFERENCES = (
     Difference(
-        _VOTING,
+        POOLING,
         "pooling over positions",
         "max, or avg",
         "avg",
@@ -136,7 +151,7 @@ DIFFERENCES = (
         lambda pair: replace(pair, config=pair.config | {"pooling": "max"}),
     ),
     Difference(
-        _VOTING,
+        POOLING,
         "window_size",
         "8 unless set",
         "64 unless set",
@@ -144,7 +159,7 @@ DIFFERENCES = (
         lambda pair: replace(pair, settings=pair.settings | {"window_size": KVPRESS_VOTING["window_size"]}),
     ),
     Difference(
-        _VOTING,
+        POOLING,
         "kernel_size",
         "7 unless set",
         "5 unless set",
@@ -152,13 +167,39 @@ DIFFERENCES = (
         lambda pair: replace(pair, settings=pair.settings | {"kernel_size": KVPRESS_VOTING["kernel_size"]}),
     ),
     Difference(
-        _ALL,
+        _EVEN,
         "budget",
         f"int(P * ratio), held in whole blocks of {BLOCK_SIZE}",
         "int(P * (1 - compression_ratio))",
         "compression_ratio computed from our count",
         lambda pair: replace(pair, num_kept=_nominal_count(pair)),
     ),
+    Difference(
+        ("pyramidkv",),
+        "budgets of layers",
+        "a series of what is beside the window, in whole pages",
+        "a series of all; even where the last layer would have less than the window",
+        "our counts given to it",
+        lambda pair: replace(pair, num_kept=pair.kept_by_us),
+    ),
+    Difference(
+        ("adakv",),
+        "budgets of heads",
+        "0.8 of the head's share of the layer's best and 0.2 of the even budget, in whole pages",
+        "a head's best up to 0.2 of the even budget, then the layer's best",
+        "our counts given to it: its heads' best",
+        lambda pair: replace(pair, num_kept=pair.kept_by_us),
+    ),
+    Difference(("adakv",), "what does not stay", "leaves the cache", "is masked while decoding", "nothing: weight 0"),
+    Difference(
+        ("tova",),
+        "window",
+        "the last 8 tokens stay, the last one votes",
+        "the last token stays and votes",
+        "ours set to 1",
+        lambda pair: replace(pair, config={n: value for n, value in pair.config.items() if n != "window_size"}),
+    ),
+    Difference(("tova",), "query heads", "sum over all of a layer", "mean over all of a layer", "nothing: same order"),
     Difference(
         _VOTING,
         f"block tail of P % {BLOCK_SIZE} tokens",
@@ -167,13 +208,14 @@ DIFFERENCES = (
         "a length whose tail lies in the window",
         lambda pair: replace(pair, num_tokens=pair.num_tokens // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE - 1),
     ),
-    Difference(_VOTING, "window queries", "sum", "mean", "nothing: the same order"),
-    Difference(_VOTING, "query heads of a group", "sum, after pooling", "mean, after pooling", "nothing: same order"),
+    Difference(POOLING, "window queries", "sum", "mean", "nothing: the same order"),
+    Difference(POOLING, "query heads of a group", "sum, after pooling", "mean, after pooling", "nothing: same order"),
     Difference(_VOTING, "the window's own score", "+inf", "best score + 1", "nothing: both always keep it"),
     Difference(_VOTING, "equal scores", "lower position", "as topk likes", "score gap of swapped entries reported"),
     Difference(_VOTING, "sinks", "none unless set", "none", "nothing"),
     Difference(("streamingllm",), "sinks", "4 unless set", "4 unless set", "nothing"),
     Difference(_ALL, "keys", "rotated once, at their place", "the same, without KeyRerotationPress", "nothing"),
+    Difference(_EVICTING, "while decoding", "full blocks are chosen from, too", "all stays", "ours switched off"),
     Difference(_ALL, "when", "after the layer's full attention", "the same, in a forward hook", "nothing"),
     Difference(
         _ALL,

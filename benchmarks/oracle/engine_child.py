@@ -7,7 +7,7 @@ A task has `model` (checkpoint directory), `method` (None: plain vLLM), `config`
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,9 +31,8 @@ def keep(task: dict[str, Any]) -> list[dict[str, Any]]:
 
     import fastkv_vllm.adapter.compressor as compressor
 
-    found: list[torch.Tensor] = []
-    select = compressor.select
-    compressor.select = lambda *args: found.append(select(*args)) or found[-1]
+    found: list[Sequence[torch.Tensor]] = []
+    _watch_choices(compressor, found)
     llm = _engine(task, max(map(len, task["prompts"])) + task["max_tokens"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     sampling = SamplingParams(
@@ -46,8 +45,8 @@ def keep(task: dict[str, Any]) -> list[dict[str, Any]]:
         found.clear()
         (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
         kept = _positions(found, scheduler.compression, len(prompt), num_layers)
-        tokens = list(output.outputs[0].token_ids)
-        answers.append({"kept": [layer.expand(num_heads, -1).tolist() for layer in kept], "tokens": tokens})
+        heads = [layer * (num_heads // len(layer)) for layer in kept]  # one choice is that of all heads
+        answers.append({"kept": heads, "tokens": list(output.outputs[0].token_ids)})
     if scheduler.totals.requests_compressed != len(task["prompts"]):
         raise RuntimeError(f"{len(task['prompts'])} prompts sent, not all compressed: {scheduler.totals}")
     return answers
@@ -98,20 +97,36 @@ def _engine(task: dict[str, Any], max_model_len: int) -> Any:
     )
 
 
-def _positions(found: list[torch.Tensor], config: Any, num_tokens: int, num_layers: int) -> list[torch.Tensor]:
-    """Kept positions per layer [H or 1, K] from a prompt's choices, in the order they were made.
+def _watch_choices(compressor: Any, found: list[Sequence[torch.Tensor]]) -> None:
+    """From now on `found` gets the columns of each choice, per row, whether rows keep as many each or not."""
+    select, select_ragged = compressor.select, compressor.select_ragged
+
+    def watched_select(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+        found.append(list(kept := select(scores, num_kept)))
+        return kept
+
+    def watched_select_ragged(scores: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
+        found.append((kept := select_ragged(scores, num_kept)).split(num_kept.tolist()))
+        return kept
+
+    compressor.select, compressor.select_ragged = watched_select, watched_select_ragged
+
+
+def _positions(
+    found: list[Sequence[torch.Tensor]], config: Any, num_tokens: int, num_layers: int
+) -> list[list[list[int]]]:
+    """Kept positions per layer and head, or once for all heads, from a prompt's choices in the order they were made.
 
     A choice names columns of what its layer saw: the whole prompt up to the first cut, then the rows that went on. A
     layer with a cut chooses these rows before its entries. The block tail is never chosen: it stays.
     """
     choices = iter(found)
-    tail = torch.arange(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens)
+    tail = list(range(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens))
     seen, kept = torch.arange(num_tokens), []
     cuts = dict(config.plan(num_tokens, BLOCK_SIZE).cuts)
     for layer in range(num_layers):
         rows = next(choices)[0] if layer in cuts else None
-        chosen = seen[next(choices)]
-        kept.append(torch.cat([chosen, tail.expand(len(chosen), -1)], dim=1))
+        kept.append([seen[columns].tolist() + tail for columns in next(choices)])
         seen = seen if rows is None else seen[rows]
     if next(choices, None) is not None:
         raise RuntimeError(f"more choices than {num_layers} layers make: was the prompt computed twice?")

@@ -18,10 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import SnapKVPress, StreamingLLMPress
+from kvpress import AdaKVPress, PyramidKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-PRESSES = {"snapkv": SnapKVPress, "streamingllm": StreamingLLMPress}
+PRESSES = {
+    "snapkv": SnapKVPress,
+    "streamingllm": StreamingLLMPress,
+    "tova": TOVAPress,
+    "pyramidkv": PyramidKVPress,
+    "adakv": lambda alpha_safeguard=0.2, **scorer: AdaKVPress(SnapKVPress(**scorer), alpha_safeguard),
+}
 PACKAGES = ("kvpress", "transformers", "torch")
 
 
@@ -44,12 +50,13 @@ def keep(model: PreTrainedModel, job: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         model: the loaded checkpoint.
         job: `press` (of PRESSES), `settings` (its arguments), `prompts` (token ids; the whole prompt is the context),
-            `max_tokens` and `stop_token`.
+            `max_tokens`, `stop_token`, and `counts`: entries to keep per prompt, layer and KV head instead of those
+            that pyramidkv or adakv would come to; None: theirs.
     """
     answers = []
-    for prompt in job["prompts"]:
+    for prompt, counts in zip(job["prompts"], job["counts"] or [None] * len(job["prompts"]), strict=True):
         watch = Watch()
-        press = _watched(PRESSES[job["press"]](**job["settings"]), watch)
+        press = _watched(_counting(PRESSES[job["press"]](**job["settings"]), counts), watch)
         tokens = _generate(model, prompt, job["max_tokens"], press(model), stop_token=job["stop_token"])
         answers.append({"kept": watch.kept, "scores": watch.scores, "tokens": tokens})
     return answers
@@ -113,13 +120,39 @@ def _generate(
     return tokens
 
 
+def _counting(press: Any, counts: list[list[int]] | None) -> Any:
+    """The press, made to keep so many entries in each layer and head by its own scores."""
+    if counts is None:
+        return press
+    if isinstance(press, PyramidKVPress):
+        press.get_layer_budget = lambda module, num_tokens: min(counts[module.layer_idx])
+        return press
+
+    def compress(module: Any, hidden_states: Any, keys: torch.Tensor, values: torch.Tensor, *others: Any) -> Any:
+        scores = press.press.score(module, hidden_states, keys, values, *others)
+        order = scores[0].argsort(dim=-1, descending=True)
+        dropped = [row[count:] for row, count in zip(order, counts[module.layer_idx], strict=True)]
+        heads = torch.cat([torch.full_like(row, head) for head, row in enumerate(dropped)])
+        module.masked_key_indices = (torch.zeros_like(heads), heads, torch.cat(dropped))
+        return keys, values
+
+    press.compress = compress
+    return press
+
+
 def _watched(press: Any, watch: Watch) -> Any:
-    """The press, with its results recorded; what is left is read off the keys, not computed once more."""
-    compress, score = press.compress, press.score
+    """The press, with its results recorded; what is left is read off keys and masks, not computed once more."""
+    scorer = press.press if isinstance(press, AdaKVPress) else press
+    compress, score = press.compress, scorer.score
 
     def watched_compress(module: Any, hidden_states: Any, keys: torch.Tensor, *others: Any) -> Any:
         kept = compress(module, hidden_states, keys, *others)
-        watch.kept.append([_positions(*heads) for heads in zip(keys[0], kept[0][0], strict=True)])
+        positions = [_positions(*heads) for heads in zip(keys[0], kept[0][0], strict=True)]
+        if isinstance(press, AdaKVPress):  # it drops nothing: attention hides what it masks
+            _, heads, masked = module.masked_key_indices
+            hidden = [set(masked[heads == head].tolist()) for head in range(len(positions))]
+            positions = [sorted(set(head) - gone) for head, gone in zip(positions, hidden, strict=True)]
+        watch.kept.append(positions)
         return kept
 
     def watched_score(*arguments: Any) -> torch.Tensor:
@@ -127,7 +160,7 @@ def _watched(press: Any, watch: Watch) -> Any:
         watch.scores.append(scores[0].tolist())
         return scores
 
-    press.compress, press.score = watched_compress, watched_score
+    press.compress, scorer.score = watched_compress, watched_score
     return press
 
 
