@@ -112,6 +112,16 @@ def test_weights_share_the_pages_of_all_layers() -> None:
     assert CompressionConfig("duoattention", head_weights="duo.json").retention_ratio == 0.5
 
 
+def test_heads_stream_where_their_budgets_are_known_in_advance() -> None:
+    assert CompressionConfig("duoattention", head_weights=[[1, 0]]).streams  # type: ignore[arg-type]
+    assert not CompressionConfig("duoattention", head_budgets="uniform", halting_loss=0.1).streams
+    assert not CompressionConfig("snapkv", head_budgets="retrieval", head_weights="duo.json").streams
+    file = CompressionConfig("duoattention", head_weights="duo.json").plan(2000, 32)
+    assert isinstance(file, PromptPlan) and file.streaming is None, "not known yet"
+    with pytest.raises(ValueError, match="halting_loss must be left out: heads of duoattention let go of entries bef"):
+        CompressionConfig("duoattention", halting_loss=0.1)
+
+
 def test_recent_tokens_are_a_share_of_the_budget() -> None:
     plan = CompressionConfig("h2o", retention_ratio=0.2).plan(2000, 32)
     assert isinstance(plan, PromptPlan) and plan.num_recent == 200

@@ -164,6 +164,69 @@ def test_peak_is_what_a_growing_request_holds(arguments: dict[str, Any], num_ans
         assert plan.peak_tokens(num_tokens) <= num_tokens
 
 
+@given(
+    st.integers(200, 6000),
+    st.floats(0.05, 0.95),
+    st.sampled_from(BLOCK_SIZES),
+    st.integers(1, 700),
+    st.integers(0, 70),
+    st.lists(st.lists(st.floats(0, 1), min_size=2, max_size=2), min_size=3, max_size=3),
+    st.booleans(),
+    st.integers(0, 400),
+)
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_heads_let_go_at_stops(
+    num_tokens: int,
+    ratio: float,
+    block_size: int,
+    streaming_tokens: int,
+    num_sink: int,
+    weights: list[list[float]],
+    evicts: bool,
+    num_answer: int,
+) -> None:
+    """Pages read one after the other and let go at stops: blocks have room for them, none is taken back; the peak."""
+    weights[0][0] = 1.0  # not all are 0
+    config = CompressionConfig(
+        "duoattention",
+        retention_ratio=ratio,
+        streaming_tokens=streaming_tokens,
+        num_sink=num_sink,
+        head_weights=weights,
+        evict_while_decoding=evicts,
+        min_tokens=200,
+    )
+    plan = config.plan(num_tokens, block_size)
+    assume(isinstance(plan, PromptPlan))
+    assert plan.streaming is not None
+    most = [pages for layer in plan.streaming.pages for pages in layer]
+    period = ceil(streaming_tokens / block_size)
+    assert min(most) > ceil(num_sink / block_size)
+    held, blocks, peak, stops = [0] * len(most), 0, 0, []
+    for read in range(1, ceil(num_tokens / block_size) + 1):
+        held, blocks = [n + 1 for n in held], blocks + 1
+        peak = max(peak, min(blocks * block_size, num_tokens - (read - blocks) * block_size))
+        if read % period == 0 and read * block_size < num_tokens and any(map(int.__gt__, held, most)):
+            stops.append(read * block_size)
+            held = list(map(min, held, most))
+            assert plan.streaming.counts(read) == [held[:2], held[2:4], held[4:]]
+            assert sum(held) <= 6 * plan.num_blocks_at(stops[-1]) < sum(held) + 6
+            assert plan.num_blocks_at(stops[-1]) <= blocks, "blocks would have to be taken"
+            blocks = plan.num_blocks_at(stops[-1])
+    assert plan.stops == (*stops, num_tokens)
+    assert plan.num_pages <= blocks and plan.num_blocks_at(num_tokens) == plan.num_pages
+    assert plan.peak_tokens(num_tokens) == peak
+    later = num_tokens + num_answer - plan.num_freed_blocks * block_size
+    later = min(later, (plan.num_pages + 1) * block_size) if evicts else later
+    assert num_answer == 0 or plan.peak_tokens(num_tokens + num_answer) == max(peak, later)
+    chunks, read = [], 0
+    while read < num_tokens:
+        assert (plan.stop_at(read) == read) == (read in stops)
+        read = plan.stop_after(read)
+        chunks.append(read)
+    assert chunks == [*stops, num_tokens] and plan.stop_at(num_tokens + 1) == num_tokens
+
+
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("method", ["fastkv", "snapkv", "streamingllm"])
 def test_retention_one_leaves_every_prompt_alone(method: str, block_size: int) -> None:

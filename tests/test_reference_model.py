@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, Idef
 from tests.reference import FAMILIES, Drop, Generation, ReferenceModel, make_checkpoint
 from tests.reference.budgets import losses_by_count
 from tests.reference.images import ROW_TOKENS, make_image_checkpoint, picture, pixels
+from tests.reference.model import _Layer
 from tests.reference.selection import select_positions, window_scores
 
 NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
@@ -131,6 +132,39 @@ def test_keeping_all_is_no_drop(family: str, checkpoint: Callable[[str], Path], 
     kept = model.generate(prompt, max_tokens=20, drop=keep_all)
     assert (kept.tokens, kept.logprobs) == (full.tokens, full.logprobs)
     assert all(torch.equal(head, torch.arange(NUM_TOKENS)) for layer in kept.kept for head in layer)
+
+
+@torch.inference_mode()
+def test_heads_that_stream_see_what_their_caches_hold(llama: ReferenceModel, prompt: list[int]) -> None:
+    """The prompt read token by token, caches of heads that do not keep it cut by hand every 48; blocks of 16."""
+    num_tail, num_first, num_sink = 9, 32, 20
+    weights = tuple(tuple(float((3 * layer + 5 * head) % 16) for head in range(2)) for layer in range(8))
+    numbers = {"block_size": 16, "head_budgets": "retrieval", "streaming_tokens": 80, "head_weights": weights}
+    drop = Drop("duoattention", 160 + num_tail, FORCED_FROM, num_sink=num_sink, stream_period=48, **numbers)
+    generation = llama.generate(prompt, 6, drop)
+    counts = [[len(stay) for stay in layer] for layer in generation.kept]
+    assert len({n for layer in counts for n in layer}) > 2, "retrieval heads, streaming ones, and one between"
+    none = torch.empty(0, llama.head_dim)
+    layers = [_Layer(own, [none] * 2, [none] * 2, none, []) for own in llama.layer_weights]
+    held = [[[], []] for _ in layers]
+    for position, token in enumerate(prompt):
+        hidden = llama._decode(layers, token, position, None)
+        ends = position == NUM_TOKENS - 1
+        for layer, row, positions in zip(layers, counts, held, strict=True):
+            for head, count in enumerate(row):
+                positions[head].append(position)
+                first, most = (num_sink, count) if ends else (num_first, max(count - num_tail, num_first + 16))
+                if (ends or position % 48 == 47) and len(positions[head]) > most:
+                    for cache in (positions, layer.keys, layer.values):
+                        recent = cache[head][first - most :]
+                        start = cache[head][:first]
+                        cache[head] = start + recent if cache is positions else torch.cat([start, recent])
+    assert [[stay.tolist() for stay in layer] for layer in generation.kept] == held
+    for number, (token, logprob) in enumerate(zip(generation.tokens, generation.logprobs, strict=True)):
+        assert llama._head(hidden[-1]).log_softmax(dim=-1)[token].item() == pytest.approx(logprob, abs=1e-4)
+        hidden = llama._decode(layers, token, NUM_TOKENS + number, None)
+    whole = llama.generate(prompt, 1, Drop("duoattention", 160 + num_tail, FORCED_FROM, num_sink=num_sink, **numbers))
+    assert abs(whole.logprobs[0] - generation.logprobs[0]) > 1e-2, "the prompt's last query misses what was let go"
 
 
 def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> None:

@@ -23,8 +23,12 @@ class PrefillRows:
         first: number of the first row in the batch.
         count: rows.
         start: entries of the prompt cached before these rows; 0 where the layer sees all entries at once.
-        blocks: ids of the blocks of the prompt, in order, [ceil(P / block_size)] int64.
+        blocks: ids of the blocks of the prompt, in order, [ceil(P / block_size)] int64; those before the last stop do
+            not tell what they hold.
         destination: ids of the blocks that take the kept pages; None: the prompt goes on after this step.
+        held: pages it holds since a stop before these rows; None: `blocks` hold all.
+        streaming: ids of the blocks that hold what heads do not let go of after this step; None: it takes the prompt to
+            no stop within it.
         positions: of rows chosen at a cut, ascending, [count] int64; None: the prompt's own sequence.
         tokens: ids of the prompt's tokens, [P] int64, where some are read again.
     """
@@ -37,6 +41,8 @@ class PrefillRows:
     start: int
     blocks: torch.Tensor
     destination: list[int] | None
+    held: HeadPages | None = None
+    streaming: list[int] | None = None
     positions: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
 

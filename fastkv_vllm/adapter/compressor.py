@@ -34,7 +34,8 @@ class Compressor:
         layout: how a page is laid out inside; set with the cache.
         pool: all layers' pages; set with the cache.
         evictor: what goes on after a prompt; set with the cache.
-        held: request -> pages of a prompt compressed unevenly, until the request is gone or preempted.
+        held: request -> pages of a prompt compressed unevenly, or of what was read by a stop, until the request is gone
+            or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
         kept: request -> columns of each layer that stay before the tail, head after head, of prompts that ended in
             this step and whose entries are evicted while decoding.
@@ -65,6 +66,7 @@ class Compressor:
         self.halted: dict[str, list[int]] = {}
         self.densities: dict[str, list[float]] = {}
         self._moves: list[_Move] = []
+        self._page_moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # pages [n, 1, block_size, 2 * D], where to [n]
 
     def use_cache(self, kv_caches: Sequence[torch.Tensor], isa: str) -> None:
         """Get to know the engine's cache.
@@ -87,6 +89,7 @@ class Compressor:
         self.halted.clear()
         self.densities.clear()
         self._moves.clear()
+        self._page_moves.clear()
 
     def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
         """Drop what is held for requests other than those whose prompt goes on and those with compressed pages."""
@@ -105,7 +108,7 @@ class Compressor:
 
     def after_attention(
         self,
-        prefills: Iterable[PrefillRows],
+        prefills: Sequence[PrefillRows],
         decodes: Iterable[DecodeRows],
         *,
         layer: int,
@@ -169,13 +172,13 @@ class Compressor:
                     stay = evictor.choose(rows, layer, scores)
                 with self._timed("compact_us"):
                     self._moves += evictor.collect(rows, layer, stay)
-        if not self.scored:
+        if not self.scored and all(prefill.streaming is None for prefill in prefills):
             self._carry_out()
 
     def finish(self, prefills: Iterable[PrefillRows]) -> None:
         """Share the pages of prompts with uneven budgets that ended in this step, and move their entries there.
 
-        Those that go on with eviction are handed over.
+        Those that go on with eviction are handed over. Heads of prompts that came to a stop let go.
 
         Call once after the step's layers have run: a page may go to another layer than the one it was written by, so
         every layer must have been read. All sources of all requests are copied before the first is written.
@@ -185,6 +188,8 @@ class Compressor:
                 self._share(prefill, self.scored.pop(prefill.request_id))
             if prefill.request_id in self.kept:
                 self._hand_over(prefill)
+            if prefill.streaming is not None:
+                self._let_go(prefill, prefill.streaming)
         self._carry_out()
 
     def _hand_over(self, prefill: PrefillRows) -> None:
@@ -204,13 +209,39 @@ class Compressor:
         with self._timed("compact_us"):
             for cache, keys, values, slots in self._moves:
                 self.layout.write(cache, keys, values, slots)
+            for pages, places in self._page_moves:
+                assert self.pool is not None, "use_cache came first"
+                self.pool.cache[places] = pages
         self._moves.clear()
+        self._page_moves.clear()
+
+    def _let_go(self, prefill: PrefillRows, destination: Sequence[int]) -> None:
+        """Heads keep their first and most recent pages of a prompt that came to a stop, which move to `destination`."""
+        pool, streaming = self.pool, prefill.plan.streaming
+        assert pool is not None and streaming is not None, "only then are there stops within a prompt"
+        with self._timed("compact_us"):
+            num_whole = (prefill.start + prefill.count) // prefill.plan.block_size
+            pages = self._pages(prefill, pool, num_whole)
+            self.held[prefill.request_id], old, new = pages.let_go(streaming, pool, destination)
+            self._page_moves.append((pool.cache[old], new))
+
+    @staticmethod
+    def _pages(prefill: PrefillRows, pool: PagePool, num_whole: int) -> HeadPages:
+        """All pages that hold entries of the prompt's first blocks, before what this step moves."""
+        if prefill.held is None:
+            return HeadPages.whole(pool, prefill.blocks[:num_whole])
+        return prefill.held.with_blocks(pool, prefill.blocks[prefill.held.num_whole : num_whole])
 
     def _share(self, prefill: PrefillRows, scores: list[torch.Tensor]) -> None:
         """Pages for every layer and head of one prompt, and copies of what goes there."""
         plan, pool = prefill.plan, self.pool
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
         with self._timed("select_us"):
+            if prefill.held is not None:
+                assert plan.streaming is not None, "only then does an unfinished prompt hold pages of its own"
+                by_block = self._pages(prefill, pool, plan.num_whole_blocks).by_block(plan.streaming.num_sink_pages)
+                gone = (by_block < 0).repeat_interleave(plan.block_size, dim=2)
+                scores = [of.masked_fill(layer, -float("inf")) for of, layer in zip(scores, gone, strict=True)]
             densities = self.densities.get(prefill.request_id, ())
             counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads, densities)
             if prefill.request_id in self.halted:
@@ -237,7 +268,10 @@ class Compressor:
                     heads = torch.cat([heads, torch.arange(pool.num_heads).repeat_interleave(plan.num_tail)])
                     own = pool.pages(prefill.blocks[-1:])[layer]  # [H, 1]
                     slots = torch.cat([slots, (own * plan.block_size + tail).flatten()])
-                pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
+                if prefill.held is None:
+                    pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
+                else:
+                    pages = by_block[layer, heads, entries // plan.block_size]
                 keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
                 self._moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
 

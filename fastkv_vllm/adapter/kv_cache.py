@@ -1,6 +1,6 @@
 """KV-cache specification and block manager of compressible layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,26 @@ class CompressibleSpec(FullAttentionSpec):
 
 
 class CompressingManager(FullAttentionManager):
-    """vLLM's full-attention manager plus two acts: give back a finished prompt's surplus blocks, and later full ones.
+    """vLLM's full-attention manager plus two acts: give back surplus blocks at a prompt's stops, later full ones.
 
     Positions never shift: freed prompt blocks become null blocks in the request's table, followed by the blocks
     that hold the kept pages, so all of vLLM's block arithmetic stays true.
 
     With prefix caching the kept pages go to fresh blocks, the originals keep their hashes. Room for them is certain:
-    allocation leaves free what the prompts that finish in this step still need (`_reserved_blocks`).
+    allocation leaves free what the prompts that come to a stop in this step still need (`_reserved_blocks`). From its
+    first stop on no block of a request is hashed or shared.
 
-    State per request, dropped whenever its blocks are popped (finish, abort, preemption): `plans`, `finishing`
-    (prompt fully allocated, not yet compressed), `null_blocks` (compressed), `unsettled` (compressed in a step whose
-    worker has not told yet how many of the blocks its kept pages needed), `stashing` (waits between chunks with rows
-    stashed).
+    State per request, dropped whenever its blocks are popped (finish, abort, preemption): `plans`, `stopping` (the stop
+    of its prompt up to which it is allocated and not yet compressed), `null_blocks` (holds compressed pages), `ended`
+    (its whole prompt is compressed), `unsettled` (ended in a step whose worker has not told yet how many of the blocks
+    its kept pages needed), `stashing` (waits between chunks with rows stashed).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, PromptPlan] = {}
-        self.finishing: set[str] = set()
+        self.stopping: dict[str, int] = {}
+        self.ended: set[str] = set()
         self.stashing: set[str] = set()
         self.null_blocks: dict[str, int] = {}
         self.unsettled: dict[str, list[int]] = {}
@@ -61,9 +63,10 @@ class CompressingManager(FullAttentionManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         plan = self.plans.get(request_id)
-        if plan is not None and request_id not in self.null_blocks:
-            if num_tokens >= plan.num_tokens:
-                self.finishing.add(request_id)
+        if plan is not None and request_id not in self.ended:
+            stop = plan.stop_at(num_tokens)
+            if stop is not None:
+                self.stopping[request_id] = stop
             elif plan.has_stash:
                 self.stashing.add(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
@@ -75,39 +78,47 @@ class CompressingManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.plans.pop(request_id, None)
-        self.finishing.discard(request_id)
+        self.stopping.pop(request_id, None)
+        self.ended.discard(request_id)
         self.stashing.discard(request_id)
         self.null_blocks.pop(request_id, None)
         self.unsettled.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
-    def compress(self, request_ids: Iterable[str]) -> dict[str, list[int]]:
-        """Give the surplus blocks of requests whose prompt this step finishes back to the pool.
+    def compress(self, stops: Mapping[str, int]) -> dict[str, list[int]]:
+        """Give the surplus blocks of requests whose prompt this step takes to a stop back to the pool.
 
-        The step that finishes the prompts must be the one being scheduled: workers run steps in order, and within a
-        layer they read all sources of a step before they write its destinations.
+        The step that does must be the one being scheduled: workers run steps in order, and within a layer they read all
+        sources of a step before they write its destinations.
+
+        Args:
+            stops: request -> its prompt's tokens read after the step; all of them, or a stop within.
 
         Returns:
             Request -> ids of the blocks that take its kept pages, in order.
         """
-        done = {rid: self.plans[rid] for rid in request_ids}
-        if self.enable_caching:
-            for rid, plan in done.items():
-                self.block_pool.free_blocks(reversed(self.req_to_blocks[rid][: plan.num_whole_blocks]))
+        wholes = {rid: self.req_to_blocks[rid][: n // self.plans[rid].block_size] for rid, n in stops.items()}
+        moving = [rid for rid in stops if self.enable_caching and rid not in self.null_blocks]
+        for rid in moving:
+            self.block_pool.free_blocks(reversed(wholes[rid]))
         destinations = {}
-        for rid, plan in done.items():
-            whole = self.req_to_blocks[rid][: plan.num_whole_blocks]
-            if self.enable_caching:
-                kept = self.block_pool.get_new_blocks(plan.num_pages)
+        for rid, stop in stops.items():
+            plan, whole = self.plans[rid], wholes[rid]
+            num_kept = plan.num_blocks_at(stop)
+            if rid in moving:
+                kept = self.block_pool.get_new_blocks(num_kept)
             else:
-                kept = whole[plan.num_freed_blocks :]
-                self.block_pool.free_blocks(reversed(whole[: plan.num_freed_blocks]))
-            nulls = [self._null_block] * plan.num_freed_blocks
-            self.req_to_blocks[rid][: plan.num_whole_blocks] = nulls + kept
-            self.finishing.discard(rid)
+                own = whole[self.null_blocks.get(rid, 0) :]
+                kept = own[len(own) - num_kept :]
+                self.block_pool.free_blocks(reversed(own[: len(own) - num_kept]))
+            self.null_blocks[rid] = len(whole) - num_kept
+            self.req_to_blocks[rid][: len(whole)] = [self._null_block] * self.null_blocks[rid] + kept
+            self.stopping.pop(rid, None)
             self.stashing.discard(rid)
-            self.null_blocks[rid] = plan.num_freed_blocks
-            destinations[rid] = self.unsettled[rid] = [block.block_id for block in kept]
+            destinations[rid] = [block.block_id for block in kept]
+            if stop == plan.num_tokens:
+                self.ended.add(rid)
+                self.unsettled[rid] = destinations[rid]
         return destinations
 
     def settle(self, request_id: str, destination: list[int], surplus: int) -> int:
@@ -157,7 +168,7 @@ class CompressingManager(FullAttentionManager):
             RuntimeError: a block was lost or a request's state was left behind.
         """
         free, total = self.block_pool.get_num_free_blocks(), self.block_pool.num_gpu_blocks - 1
-        left = [*self.plans, *self.finishing, *self.stashing, *self.null_blocks, *self.unsettled]
+        left = [*self.plans, *self.stopping, *self.stashing, *self.null_blocks, *self.ended, *self.unsettled]
         if free != total or left:
             raise RuntimeError(f"block pool integrity: idle with {free} of {total} blocks free and state of {left}")
 
@@ -179,27 +190,31 @@ class CompressingManager(FullAttentionManager):
         )
 
     def _reserved_blocks(self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock]) -> int:
-        """Free blocks an allocation must leave for prompts that finish in this step (prefix caching only).
+        """Free blocks an allocation must leave for prompts that come to a stop in this step (prefix caching only).
 
-        Each needs `num_pages` fresh blocks and gives back those prompt blocks that no other request holds. A hit in
-        `new_computed_blocks` makes a block shared, so a sibling that would take a finishing prompt's way out waits.
+        Each needs fresh blocks for the pages that stay and gives back those prompt blocks that no other request holds.
+        A hit in `new_computed_blocks` makes a block shared, so a sibling that would take a stopping prompt's way out
+        waits. After its first stop all blocks of a request are its own, and it needs none.
         """
         if not self.enable_caching:
             return 0
-        finishing = dict.fromkeys(self.finishing)
+        stopping = dict(self.stopping)
         plan = self.plans.get(request_id)
-        if plan is not None and request_id not in self.null_blocks and num_tokens >= plan.num_tokens:
-            finishing[request_id] = None
+        stop = None if plan is None else plan.stop_at(num_tokens)
+        if stop is not None:
+            stopping[request_id] = stop
         hit = {block.block_id for block in new_computed_blocks}
         balance = 0
-        for rid in finishing:
-            plan = self.plans[rid]
-            whole = self.req_to_blocks.get(rid, [])[: plan.num_whole_blocks]
+        for rid, stop in stopping.items():
+            if rid in self.null_blocks:
+                continue
+            num_whole = stop // self.plans[rid].block_size
+            whole = self.req_to_blocks.get(rid, [])[:num_whole]
             returned = sum(block.ref_cnt == 1 and block.block_id not in hit for block in whole)
             if rid == request_id:
-                returned += plan.num_whole_blocks - len(whole) - len(new_computed_blocks)
+                returned += num_whole - len(whole) - len(new_computed_blocks)
                 returned += sum(block.ref_cnt == 0 for block in new_computed_blocks)
-            balance += plan.num_pages - returned
+            balance += self.plans[rid].num_blocks_at(stop) - returned
         return max(balance, 0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastkv_vllm.adapter.pages import PageLayout
+from fastkv_vllm.cache import Streaming
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ def blocks_for(counts: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class HeadPages:
-    """Where the kept entries of one compressed prompt lie.
+    """Where the kept entries of one compressed prompt lie, or those of its part up to a stop.
 
     Fields:
-        num_whole: whole blocks of the prompt; entries after them lie in the blocks of the request's own table.
+        num_whole: whole blocks of the prompt (part); entries after them lie in the blocks of the request's own table.
         counts: pages of each layer and head, [L, H] int64.
         pages: their ids, [L, H, most] int64, padded with 0.
     """
@@ -101,6 +102,50 @@ class HeadPages:
         taken[..., : own.shape[2]] = False
         pages[taken] = spare[: int(taken.sum())]
         return cls(num_whole, counts, pages * wanted)
+
+    @classmethod
+    def whole(cls, pool: PagePool, blocks: torch.Tensor) -> "HeadPages":
+        """All pages of a request's first blocks, [B] ids."""
+        counts = torch.full((len(pool.first), pool.num_heads), len(blocks))
+        return cls(len(blocks), counts, pool.pages(blocks))
+
+    def with_blocks(self, pool: PagePool, appended: torch.Tensor) -> "HeadPages":
+        """These pages and those of whole blocks read since, [B] ids."""
+        return HeadPages(self.num_whole + len(appended), self.counts + len(appended), self.table(pool, appended))
+
+    def let_go(
+        self, streaming: Streaming, pool: PagePool, destination: Sequence[int]
+    ) -> tuple["HeadPages", torch.Tensor, torch.Tensor]:
+        """What heads hold after a stop: their first and most recent pages, those in other blocks moved.
+
+        Args:
+            streaming: how many they hold.
+            pool: of the engine.
+            destination: ids of the blocks that hold them then.
+
+        Returns:
+            The pages, and of those that move the ids before and after, [n] int64 each.
+        """
+        counts = torch.tensor(streaming.counts(self.num_whole))
+        order = torch.arange(int(counts.max()))
+        wanted = order < counts.unsqueeze(-1)
+        gone = (self.counts - counts).unsqueeze(-1)
+        source = torch.where(order < streaming.num_sink_pages, order, order + gone)
+        pages = self.pages.gather(2, source.clamp(max=self.pages.shape[2] - 1)) * wanted
+        theirs = pool.pages(torch.tensor(destination)).flatten()
+        moving = wanted & ~torch.isin(pages, theirs)
+        old = pages[moving]
+        pages[moving] = theirs[~torch.isin(theirs, pages[wanted])][: len(old)]
+        return HeadPages(self.num_whole, counts, pages), old, pages[moving]
+
+    def by_block(self, num_sink_pages: int) -> torch.Tensor:
+        """Page of each of the prompt's blocks, [L, H, num_whole] int64; -1 where a head has let go of it."""
+        order = torch.arange(self.pages.shape[2])
+        gone = (self.num_whole - self.counts).unsqueeze(-1)
+        blocks = torch.where(order < num_sink_pages, order, order + gone)
+        held = order < self.counts.unsqueeze(-1)
+        found = torch.full((*self.counts.shape, self.num_whole + 1), -1)  # the last one takes the padding
+        return found.scatter(2, torch.where(held, blocks, self.num_whole), self.pages)[..., : self.num_whole]
 
     def slots(self, layer: int, block_size: int) -> torch.Tensor:
         """Slots of a layer's pages in order of head, page and offset, [sum of counts * block_size]."""

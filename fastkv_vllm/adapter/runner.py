@@ -60,7 +60,7 @@ class CPUCompressionRunner(CPUModelRunner):
             self._orders, self._tsp = None, None
             self._builder.batch = None
             self.compressor.end_step()
-        for request_id, destination in plan.destinations.items():
+        for request_id, destination in (*plan.destinations.items(), *plan.streaming.items()):
             self._move_blocks(request_id, destination, plan)
         for request_id in plan.evicting:
             self._give_back(request_id)
@@ -124,7 +124,7 @@ class CPUCompressionRunner(CPUModelRunner):
                 held[row] = self.compressor.held[request_id]
             elif request_id in plan.null_blocks:
                 null_blocks[row] = plan.null_blocks[request_id]
-            if request_id in plan.null_blocks:
+            if request_id in plan.null_blocks and request_id not in plan.prefills:
                 decodes += self._decode_rows(row, request_id, plan)
             if request_id in plan.prefills:
                 prompt = plan.prefills[request_id]
@@ -139,6 +139,8 @@ class CPUCompressionRunner(CPUModelRunner):
                         start=int(self.input_batch.num_computed_tokens_cpu[row]),
                         blocks=table[row, :num_blocks].to(torch.int64),
                         destination=plan.destinations.get(request_id),
+                        held=held.get(row),
+                        streaming=plan.streaming.get(request_id),
                         tokens=self._prompt_tokens(row, prompt) if prompt.reads_again else None,
                     )
                 )
@@ -168,10 +170,10 @@ class CPUCompressionRunner(CPUModelRunner):
 
     def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
         """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""
-        prompt = plan.prefills[request_id]
         held = self.compressor.held.get(request_id)
+        num_whole = plan.prefills[request_id].num_whole_blocks if held is None else held.num_whole
         kept = destination if held is None else destination[-blocks_for(held.counts) :]
-        whole = [0] * (prompt.num_whole_blocks - len(kept)) + kept
+        whole = [0] * (num_whole - len(kept)) + kept
         self.requests[request_id].block_ids[0][: len(whole)] = whole
         row = self.input_batch.req_id_to_index[request_id]
         self.input_batch.block_table[0].block_table.np[row, : len(whole)] = whole

@@ -30,7 +30,8 @@ _INTEGRITY_PERIOD_S = 60.0  # the full check walks the whole pool
 class _CompressionMixin(Scheduler):
     """Ends chunks where entries are chosen, frees in the same step the blocks that do not stay, sends the orders.
 
-    Entries are chosen at the prompt's end and, where they are evicted while decoding, at each block's end after it.
+    Entries are chosen at the prompt's end, where heads stream at stops within it, too, and where entries are evicted
+    while decoding at each block's end after it.
 
     `totals` counts since start-up; tests and the idle check read it. What was done for a request goes out with its last
     output, in the field that vLLM's answers have for KV transfer, which compression excludes.
@@ -56,26 +57,27 @@ class _CompressionMixin(Scheduler):
         blocks, num_hit, *rest = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         plan = self._plan(request)
         if isinstance(plan, PromptPlan):
-            # The voters' queries must be computed, and a resumed request must pass its prompt's end again.
-            limit = (plan.num_tokens - plan.num_voters) // plan.block_size * plan.block_size
+            # The voters' queries must be computed, a resumed request must pass its prompt's end again, and from its
+            # first stop on a prompt is not read as others read it.
+            limit = min(plan.num_tokens - plan.num_voters, plan.stops[0] - 1) // plan.block_size * plan.block_size
             if num_hit > limit:
                 blocks, num_hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
         return (blocks, num_hit, *rest)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if request.request_id in self.manager.null_blocks:
+        if request.request_id in self.manager.ended:
             if self.manager.plans[request.request_id].evicts:
                 block_size = self.manager.block_size
                 num_new_tokens = min(num_new_tokens, block_size - num_computed_tokens % block_size)
             return num_new_tokens
         if num_computed_tokens >= request.num_prompt_tokens:
             return num_new_tokens
-        plan = self._plan(request)
+        plan = self.manager.plans.get(request.request_id) or self._plan(request)
         if isinstance(plan, LeftAlone) or num_computed_tokens >= plan.num_tokens:
             return num_new_tokens
         self.manager.plans[request.request_id] = plan
-        num_new_tokens = min(num_new_tokens, plan.num_tokens - num_computed_tokens)
+        num_new_tokens = min(num_new_tokens, plan.stop_after(num_computed_tokens) - num_computed_tokens)
         # vLLM may yet shorten a chunk before an image that its encoder has no room for.
         ends = num_computed_tokens + num_new_tokens == plan.num_tokens and not request.has_encoder_inputs
         if plan.has_stash and not ends and request.request_id not in self.manager.stashing:
@@ -87,26 +89,32 @@ class _CompressionMixin(Scheduler):
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         scheduled = scheduler_output.num_scheduled_tokens
-        compressed = {rid: n for rid in scheduled if (n := self.manager.null_blocks.get(rid))}
+        compressed = {rid: self.manager.null_blocks[rid] for rid in scheduled if rid in self.manager.null_blocks}
         prefills: dict[str, PromptPlan] = {}
         for rid in scheduled:
-            if rid in self.manager.plans and rid not in self.manager.null_blocks:
+            if rid in self.manager.plans and rid not in self.manager.ended:
                 prefills[rid] = self.manager.plans[rid]
             elif rid not in self.manager.plans:
                 self._count_left_alone(self.requests[rid], scheduled[rid])
         super()._update_after_schedule(scheduler_output)
-        ended = [rid for rid, plan in prefills.items() if self.requests[rid].num_computed_tokens >= plan.num_tokens]
-        destinations = self.manager.compress(ended)
-        for rid in ended:
+        reached = {rid: plan.stop_at(self.requests[rid].num_computed_tokens) for rid, plan in prefills.items()}
+        stayed = self.manager.compress({rid: stop for rid, stop in reached.items() if stop is not None})
+        destinations = {rid: blocks for rid, blocks in stayed.items() if rid in self.manager.ended}
+        for rid in destinations:
             self._count_compressed(rid, prefills[rid])
-        evicting = frozenset(rid for rid in compressed if self._fills_a_block(rid))
+        evicting = frozenset(rid for rid in compressed.keys() - prefills.keys() if self._fills_a_block(rid))
         self.manager.evict(evicting)
         for rid in evicting:
             self._count_prompts(self._config(self.requests[rid]), PromptStats(decode_blocks_freed=1))
-        partial = frozenset(rid for rid in self.manager.plans if rid not in self.manager.null_blocks)
-        renumbered = frozenset(rid for rid in compressed if self.manager.plans[rid].reads_again)
         plan = StepPlan(
-            prefills, destinations, compressed, partial, frozenset(self.manager.null_blocks), evicting, renumbered
+            prefills=prefills,
+            destinations=destinations,
+            streaming={rid: blocks for rid, blocks in stayed.items() if rid not in destinations},
+            null_blocks=compressed,
+            partial=frozenset(self.manager.plans.keys() - self.manager.ended),
+            compressed=frozenset(self.manager.null_blocks),
+            evicting=evicting,
+            renumbered=frozenset(rid for rid in compressed if self.manager.plans[rid].reads_again),
         )
         attach_orders(scheduler_output, Orders(plan, {rid: self._config(self.requests[rid]) for rid in prefills}))
 

@@ -2,6 +2,6 @@
 
 from fastkv_vllm.cache.budgets import share_pages
 from fastkv_vllm.cache.integrity import check_integrity
-from fastkv_vllm.cache.plan import LeftAlone, PromptPlan, StepPlan, plan_prompt
+from fastkv_vllm.cache.plan import LeftAlone, PromptPlan, StepPlan, Streaming, plan_prompt
 
-__all__ = ["LeftAlone", "PromptPlan", "StepPlan", "check_integrity", "plan_prompt", "share_pages"]
+__all__ = ["LeftAlone", "PromptPlan", "StepPlan", "Streaming", "check_integrity", "plan_prompt", "share_pages"]

@@ -11,11 +11,16 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 
 Where entries are evicted while decoding, a choice of the same kind follows whenever a block after the prompt is full:
 as many entries as the kept pages hold, out of these and that block, forced ones by order instead of position.
+
+Where heads stream (`Streaming`), some let go of entries at stops within the prompt: whole pages, between the first
+ones and the most recent ones.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 
 
 class LeftAlone(Enum):
@@ -25,6 +30,38 @@ class LeftAlone(Enum):
     BUDGET_COVERS_PROMPT = "budget_covers_prompt"
     SESSION = "session"  # its prompt may still grow
     REQUESTED = "requested"  # the request wants no compression
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How heads let go of entries while a prompt is read: those that keep less than all of it.
+
+    Whenever `period` more blocks have been read, a head that holds more than its pages keeps its first ones and its
+    most recent ones of them. Where that is does not depend on how the prompt is cut into chunks.
+
+    Fields:
+        period: blocks between stops.
+        num_sink_pages: first pages of a head that it never lets go of.
+        pages: that each layer and KV head may hold after a stop, more than num_sink_pages, [L][H].
+    """
+
+    period: int
+    num_sink_pages: int
+    pages: tuple[tuple[int, ...], ...]
+
+    @property
+    def first_stop(self) -> int:
+        """Blocks read at the first stop where a head lets go of something."""
+        return (min(map(min, self.pages)) // self.period + 1) * self.period
+
+    def counts(self, num_blocks: int) -> list[list[int]]:
+        """Pages of each layer and KV head after a stop with so many blocks read, [L][H]."""
+        return [[min(pages, num_blocks) for pages in layer] for layer in self.pages]
+
+    def num_blocks(self, num_blocks: int) -> int:
+        """Blocks that hold these pages."""
+        counts = self.counts(num_blocks)
+        return -(-sum(map(sum, counts)) // sum(map(len, counts)))
 
 
 @dataclass(frozen=True)
@@ -47,6 +84,7 @@ class PromptPlan:
             come after the layers they name.
         reads_again: the rows that go on after the only cut are tokens, read again from layer 0 and position 0 on as a
             prompt of their own, whose entries stay.
+        streaming: how heads let go of entries while the prompt is read; None: all see all of it.
     """
 
     num_tokens: int
@@ -61,6 +99,7 @@ class PromptPlan:
     evicts: bool = False
     cut_from: int | None = None
     reads_again: bool = False
+    streaming: Streaming | None = None
 
     @property
     def has_stash(self) -> bool:
@@ -119,11 +158,43 @@ class PromptPlan:
             rows.append(cuts.get(layer, rows[-1]))
         return rows[1:]
 
+    @cached_property
+    def stops(self) -> Sequence[int]:
+        """Tokens read when entries of the prompt are let go, ascending, the whole prompt last."""
+        if self.streaming is None:
+            return (self.num_tokens,)
+        size = self.block_size
+        within = range(self.streaming.first_stop * size, self.num_tokens, self.streaming.period * size)
+        return (*within, self.num_tokens)
+
+    def stop_after(self, num_tokens: int) -> int:
+        """The next stop of a prompt of which so many tokens, and not all, have been read."""
+        return self.stops[bisect_right(self.stops, num_tokens)]
+
+    def stop_at(self, num_tokens: int) -> int | None:
+        """The stop that so many tokens have reached: a stop within the prompt, or its end, which they may be past."""
+        stop = min(num_tokens, self.num_tokens)
+        return stop if stop in self.stops else None
+
+    def num_blocks_at(self, stop: int) -> int:
+        """Whole blocks that stay at a stop."""
+        if stop == self.num_tokens:
+            return self.num_pages
+        assert self.streaming is not None, "only then are there stops within the prompt"
+        return self.streaming.num_blocks(stop // self.block_size)
+
     def peak_tokens(self, num_tokens: int) -> int:
         """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""
-        if self.evicts:
-            return min(num_tokens, self.num_tokens)  # a block beside its pages, which the prompt had, too
-        return max(min(num_tokens, self.num_tokens), num_tokens - self.num_freed_blocks * self.block_size)
+        peak, freed = 0, 0
+        for stop in self.stops:
+            peak = max(peak, min(num_tokens, stop) - freed)
+            if num_tokens <= stop:
+                return peak
+            freed = (stop // self.block_size - self.num_blocks_at(stop)) * self.block_size
+        later = num_tokens - freed
+        if self.evicts:  # a block beside its pages
+            later = min(later, self.num_moved + self.block_size)
+        return max(peak, later)
 
 
 @dataclass(frozen=True)
@@ -133,7 +204,10 @@ class StepPlan:
     Fields:
         prefills: requests of this step whose prompt was unfinished before it.
         destinations: requests that finish their prompt in this step -> ids of the blocks that take their kept pages.
-        null_blocks: requests of this step compressed in an earlier one -> leading null blocks of their table.
+        null_blocks: requests of this step that hold compressed pages from an earlier one -> leading null blocks of
+            their table.
+        streaming: requests that let go of entries in this step and whose prompt goes on -> ids of the blocks that hold
+            the others.
         partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
         compressed: requests that hold compressed pages after this step; workers forget all others' page tables.
         evicting: requests compressed in an earlier step whose last block is full after this one: it is given back.
@@ -143,6 +217,7 @@ class StepPlan:
 
     prefills: Mapping[str, PromptPlan]
     destinations: Mapping[str, list[int]]
+    streaming: Mapping[str, list[int]]
     null_blocks: Mapping[str, int]
     partial: frozenset[str]
     compressed: frozenset[str]

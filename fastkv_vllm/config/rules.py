@@ -100,6 +100,8 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     fill_in(config, "halting_loss", cls.default_halting_loss)
     loss = config.halting_loss
     check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
+    rule = f"left out: heads of {config.method} let go of entries before the last query that the rule asks"
+    check(loss is None or not config.streams, "halting_loss", rule, config)
     fill_in(config, "evict_while_decoding", cls.default_evict_while_decoding)
     check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
     if cls.layer_budgets in CUT_BUDGETS:

@@ -44,7 +44,8 @@ class CompressionConfig:
         head_weights: what was measured of the model's heads, for "importance" and "retrieval": path of the file that
             `fastkv-vllm calibrate` wrote, or the numbers, [layers][KV heads].
         head_beta: a beta-th of the budget is shared by importance, at least 1.
-        streaming_tokens: entries of a head that is no retrieval head, sinks among them.
+        streaming_tokens: entries of a head that is no retrieval head, sinks among them; where heads stream, also the
+            tokens read between two times that they let go of others.
         pyramid_beta: steepness of the pyramid: the last layer has a beta-th of the even budget.
         head_floor: share of the even budget each head has of its own under "adaptive", [0, 1].
         halting_loss: share of the norm of the last query's attention that a layer may lose, (0, 1): it keeps no more
@@ -225,6 +226,11 @@ class CompressionConfig:
         """Whether every query of a prompt must be computed: none may be skipped by a prefix-cache hit."""
         return "column_sums" in method_class(self.method).needs
 
+    @property
+    def streams(self) -> bool:
+        """Whether heads let go of entries while a prompt is read."""
+        return method_class(self.method).streams and self.head_budgets in MODEL_BUDGETS
+
     def make_method(self) -> Method:
         """The configured method object."""
         return method_class(self.method)(
@@ -244,7 +250,9 @@ class CompressionConfig:
         return Allocator(self.layer_budgets, self.head_budgets, options)
 
     def plan(self, num_tokens: int, block_size: int, num_after_image: int = 0) -> PromptPlan | LeftAlone:
-        """What stays of a prompt; its cuts are known once `for_model` has set their layers.
+        """What stays of a prompt.
+
+        Its cuts are known once `for_model` has set their layers, how heads stream once weights are read from their file.
 
         Args:
             num_tokens: tokens of the prompt.
@@ -266,7 +274,7 @@ class CompressionConfig:
             if cls.reads_again:
                 rows = [0]  # raised to what stays
             cuts = list(zip(self.tsp_layers, rows, strict=True))
-        return plan_prompt(
+        plan = plan_prompt(
             num_tokens,
             block_size=block_size,
             num_kept=num_kept,
@@ -282,3 +290,6 @@ class CompressionConfig:
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,
         )
+        if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
+            return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))
+        return plan

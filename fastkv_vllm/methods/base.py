@@ -33,6 +33,8 @@ class Method(ABC):
             default_halting_loss, default_rank_variance, default_evict_while_decoding: the fields of CompressionConfig
             without `default_`, when the configuration does not say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
+        streams: heads that keep less than the prompt let go of the rest while it is read, where their budgets are known
+            from its length (see `cache.Streaming`); the method rates by position alone.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
 
     Fields:
@@ -57,6 +59,7 @@ class Method(ABC):
     default_rank_variance: ClassVar[float | None] = None
     schedule_artefact: ClassVar[str | None] = None
     default_evict_while_decoding: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastkv_vllm.cache import PromptPlan, share_pages
+from fastkv_vllm.cache import PromptPlan, Streaming, share_pages
 from fastkv_vllm.methods.density import DENSITY, by_density
 
 UNIFORM = "uniform"
@@ -97,7 +97,7 @@ class Allocator:
         num_layers, size = len(scores), plan.block_size
         most = [layer.shape[1] // size for layer in scores]
         if self.heads in MODEL_BUDGETS:
-            return self._model_pages(plan, most, num_heads)
+            return torch.tensor(self.model_pages(plan, most)).view(num_layers, num_heads)
         layer_pages = [plan.num_pages] * num_layers
         if self.layers != UNIFORM:
             wished = self._layer_wishes(plan, num_layers, densities)
@@ -122,10 +122,20 @@ class Allocator:
             return by_density(plan, densities)
         return (LAYER_BUDGETS | CUT_BUDGETS)[self.layers](plan, num_layers, self.options)
 
-    def _model_pages(self, plan: PromptPlan, most: Sequence[int], num_heads: int) -> torch.Tensor:
-        """Pages by what was measured of the model, [L, H]; `most` of each layer's heads, [L]."""
+    def streaming(self, plan: PromptPlan) -> Streaming:
+        """How heads let go of entries while a prompt is read whose pages of all heads follow from its length."""
+        size = plan.block_size
+        num_sink_pages = -(-plan.num_sink // size)
+        flat = self.model_pages(plan, [plan.num_whole_blocks] * len(self.options.head_weights))
+        pages = [max(n, num_sink_pages + 1) for n in flat]
+        width = len(pages) // len(self.options.head_weights)
+        rows = (tuple(pages[first : first + width]) for first in range(0, len(pages), width))
+        return Streaming(-(-self.options.streaming_tokens // size), num_sink_pages, tuple(rows))
+
+    def model_pages(self, plan: PromptPlan, most: Sequence[int]) -> list[int]:
+        """Pages by what was measured of the model, layer after layer, [L * H]; `most` of each layer's heads, [L]."""
         wished = MODEL_BUDGETS[self.heads].wish(plan, self.options)
         wanted = [entries / plan.block_size for layer in wished for entries in layer]
         low = [plan.least_pages] * len(wanted)
-        high = [pages for pages in most for _ in range(num_heads)]
-        return torch.tensor(share_pages(wanted, plan.num_pages * len(wanted), low=low, high=high)).view(-1, num_heads)
+        high = [pages for pages, layer in zip(most, wished, strict=True) for _ in layer]
+        return share_pages(wanted, plan.num_pages * len(wanted), low=low, high=high)

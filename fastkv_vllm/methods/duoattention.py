@@ -36,12 +36,14 @@ class DuoAttention(StreamingLLM):
 
     Source: arXiv 2410.10819, section 3 (half of the cache for models with grouped queries; 64 sinks and 256 recent
     tokens as deployed). Differences: how many heads are retrieval heads follows from `retention_ratio`, so that
-    methods compare at equal memory (the paper sets a quantile of the gates); streaming heads are cut at the end of the
-    prompt (theirs stream while later chunks are read, too) and keep what is generated after it.
+    methods compare at equal memory (the paper sets a quantile of the gates); while a prompt is read, streaming heads
+    let go whenever `streaming_tokens` more have been, of whole pages of the cache (theirs after each chunk, whose
+    length the user sets); they keep what is generated after it.
     """
 
     source: ClassVar[str] = "arXiv 2410.10819, section 3"
     default_num_sink: ClassVar[int] = 64
     default_retention_ratio: ClassVar[float] = 0.5
     default_evict_while_decoding: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
     head_budgets: ClassVar[str] = "retrieval"

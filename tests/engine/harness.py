@@ -207,7 +207,7 @@ class Engine:
         self.manager.check_integrity()
         left = {
             name: value
-            for name in ("plans", "null_blocks", "unsettled", "finishing", "stashing")
+            for name in ("plans", "null_blocks", "ended", "unsettled", "stopping", "stashing")
             if (value := getattr(self.manager, name))
         }
         assert not left, f"left in the manager: {left}"

@@ -60,6 +60,7 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         halting_loss=config.halting_loss,
         period=BLOCK_SIZE if plan.evicts else None,
         num_recent=plan.num_recent,
+        stream_period=None if plan.streaming is None else plan.streaming.period * BLOCK_SIZE,
     )
 
 

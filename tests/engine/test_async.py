@@ -8,12 +8,12 @@ from vllm.platforms.cpu import CpuPlatform
 from fastkv_vllm.adapter import wiring
 from fastkv_vllm.adapter.scheduler import AsyncCompressionScheduler
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import HALTING, METHODS, MIXED
+from tests.engine.settings import DUO, HALTING, METHODS, MIXED, WEIGHTS
 
 ASYNC = f"{AsyncCompressionScheduler.__module__}.{AsyncCompressionScheduler.__qualname__}"
 
 
-ENGINES = METHODS | {"dbudgetkv": HALTING}
+ENGINES = METHODS | {"dbudgetkv": HALTING, "duoattention": DUO | {"head_weights": WEIGHTS}}
 
 
 @pytest.fixture(params=ENGINES, scope="module")

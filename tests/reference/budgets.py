@@ -41,12 +41,7 @@ def kept_counts(
     least = (forced + 1 + size - 1) // size
     most = [(len(seen) - tail) // size for seen in positions]
     if drop.head_budgets in ("importance", "retrieval"):
-        by_weights = {"importance": by_importance, "retrieval": by_retrieval}[drop.head_budgets]
-        wanted = by_weights(drop, num_tokens, tail)
-        total = mean * num_layers * num_heads
-        bounds = [n for n in most for _ in range(num_heads)]
-        given = hand_out([n / size for n in wanted], total, [least] * len(wanted), bounds)
-        return [[n * size + tail for n in given[i * num_heads :][:num_heads]] for i in range(num_layers)]
+        return measured_counts(drop, num_tokens, most)
     layer_pages = [mean] * num_layers
     if drop.layer_budgets == "pyramid":
         wanted = [(n - tail) / size for n in pyramid(drop, num_layers, num_tokens)]
@@ -70,6 +65,19 @@ def kept_counts(
             pages = hand_out(wanted, sum(pages), [least] * num_heads, [most[layer]] * num_heads)
         counts.append([n * size + tail for n in pages])
     return counts
+
+
+def measured_counts(drop: Drop, num_tokens: int, most: Sequence[int]) -> list[list[int]]:
+    """`kept_counts` where heads share by what was measured of them; `most` pages of each layer's heads."""
+    size, tail = drop.block_size, num_tokens % drop.block_size
+    num_layers, num_heads = len(drop.head_weights), len(drop.head_weights[0])
+    by_weights = {"importance": by_importance, "retrieval": by_retrieval}[drop.head_budgets]
+    wanted = by_weights(drop, num_tokens, tail)
+    total = (drop.num_kept - tail) // size * num_layers * num_heads
+    least = (drop.num_forced(num_tokens - tail) + 1 + size - 1) // size
+    bounds = [n for n in most for _ in range(num_heads)]
+    given = hand_out([n / size for n in wanted], total, [least] * len(wanted), bounds)
+    return [[n * size + tail for n in given[i * num_heads :][:num_heads]] for i in range(num_layers)]
 
 
 def halt(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tests.reference.budgets
 import tests.reference.eviction
+import tests.reference.streaming
 from tests.reference.images import image_rows
 from tests.reference.scores import (
     all_query_scores,
@@ -110,9 +111,9 @@ class ReferenceModel:
     ) -> Generation:
         """Decode greedily for max_tokens tokens, whatever they are: no token stops it.
 
-        Prefill attention runs over all entries the layer sees; drop applies once, after it. What is generated stays,
-        unless the drop has a period. With num_context the drop comes after so many prompt tokens, and the rest of the
-        prompt is read token by token, as if it had been generated.
+        Prefill attention runs over all entries the layer sees, but where heads stream; drop applies once, after it.
+        What is generated stays, unless the drop has a period. With num_context the drop comes after so many prompt
+        tokens, and the rest of the prompt is read token by token, as if it had been generated.
 
         Raises: ValueError if drop does not fit the prompt.
         """
@@ -144,11 +145,12 @@ class ReferenceModel:
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
         layers, seen, rated, attention, densities, cuts = [], [], [], [], [], {}
+        visible, held = _stream(drop, len(prompt))
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
         for index, weights in enumerate(self.layer_weights):
             queries, keys, values = self._project(weights, hidden, positions)
-            hidden = self._finish(weights, hidden, _attend(queries, keys, values))
+            hidden = self._finish(weights, hidden, _attend(queries, keys, values, visible.get(index)))
             layers.append(_Layer(weights, list(keys), list(values), queries, []))
             seen.append(positions)
             if drop is not None:
@@ -171,8 +173,10 @@ class ReferenceModel:
             counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt), densities)
             if drop.halting_loss is not None:
                 counts = tests.reference.budgets.halt(drop, counts, rated, seen, attention, len(prompt))
-            for layer, scores, rows, numbers in zip(layers, rated, seen, counts, strict=True):
-                stay = [_select(head, rows, number, drop) for head, number in zip(scores, numbers, strict=True)]
+            for index, (layer, scores, rows, numbers) in enumerate(zip(layers, rated, seen, counts, strict=True)):
+                own = held.get(index, [rows] * len(numbers))
+                ratings = [head[entries] for head, entries in zip(scores, own, strict=True)] if held else scores
+                stay = [_select(*head, drop) for head in zip(ratings, own, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
                 if layer.votes:
                     layer.votes = _take(layer.votes, rows, stay)
@@ -253,18 +257,38 @@ class ReferenceModel:
         return hidden + _linear(gate * _linear(x, weights, "up_proj"), weights, "down_proj")
 
 
-def _attend(queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Causal attention of the last n of N rows, [Hq, n, D] over [N, D] of each KV head -> [n, Hq * D]."""
+def _attend(
+    queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], visible: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Causal attention of the last n of N rows, [Hq, n, D] over [N, D] of each KV head -> [n, Hq * D].
+
+    With `visible`, [n, N] of each KV head, over those entries.
+    """
     attended = []
-    for group, k, v in zip(queries.chunk(len(keys)), keys, values, strict=True):
+    for head, (group, k, v) in enumerate(zip(queries.chunk(len(keys)), keys, values, strict=True)):
         logits = group @ k.T / queries.shape[-1] ** 0.5
-        future = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + k.shape[0] - queries.shape[1])
-        attended.append(logits.masked_fill(future, -torch.inf).softmax(dim=-1) @ v)
+        hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + k.shape[0] - queries.shape[1])
+        hidden = hidden if visible is None else ~visible[head]
+        attended.append(logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v)
     return torch.cat(attended).transpose(0, 1).flatten(1)
 
 
 def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def _stream(drop: Drop | None, num_tokens: int) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
+    """Layer -> what each head's queries see, and what each head has at the prompt's end; empty where none stream."""
+    visible, held = {}, {}
+    if drop is None or drop.stream_period is None:
+        return visible, held
+    most = [num_tokens // drop.block_size] * len(drop.head_weights)
+    counts = tests.reference.budgets.measured_counts(drop, num_tokens, most)
+    by_count = {n: tests.reference.streaming.seen(drop, n, num_tokens) for row in counts for n in row}
+    for layer, row in enumerate(counts):
+        visible[layer] = [by_count[n][0] for n in row]
+        held[layer] = [torch.tensor(by_count[n][1]) for n in row]
+    return visible, held
 
 
 def _votes(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tensor:

@@ -44,6 +44,7 @@ class Drop:
     period: after the prompt, whenever the text's length is a multiple of it, heads choose anew as many entries as they
         held in multiples of it when the prompt ended; None: what is generated stays.
     num_recent: last entries that always stay then.
+    stream_period: where heads let go of entries while a prompt is read, the tokens between two times; see `streaming`.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Drop:
     halting_loss: float | None = None
     period: int | None = None
     num_recent: int = 0
+    stream_period: int | None = None
     rank_variance: float | None = None
     min_tsp_layer: int | None = None
 
