@@ -17,6 +17,7 @@ engine whose counters say that it did something else than its configuration says
 | decode | a decode step of 4 x 8192 tokens; eager, in process |
 | tpot | a decode step by requests and prompt tokens: batches of 4; those of 1 are ttft's; eager, in process |
 | methods | first token, blocks and decode step of each method; eager, in process |
+| streaming | first token and most blocks held where heads let go while a prompt is read; eager, in process |
 | ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, in process |
 | load | `vllm serve` under `vllm bench serve`, by requests under way, in a pool of fixed bytes; eager |
 | kv-dtypes | what the engine makes of vLLM's --kv-cache-dtype, with the tiny model's questions |

@@ -66,11 +66,12 @@ EVEN_HEADS = Setup(
 )
 # Heads that calibration might have found in the random model, which has none that retrieve: what they cost is the same.
 _WEIGHTS = [[1.0, 0.0] if layer % 2 else [0.2, 0.4] for layer in range(16)]
+STREAMING = Setup("duoattention", "duoattention", {"retention_ratio": 0.5, "head_weights": _WEIGHTS})
 # Those not named above, at their own default where a tenth is not what they are made for.
 OTHERS = (
     *(Setup(name, name, {"retention_ratio": 0.1}) for name in ("streamingllm", "tova", "vatp", "h2o", "a2sf")),
     Setup("headkv", "headkv", {"retention_ratio": 0.1, "head_weights": _WEIGHTS}),
-    Setup("duoattention", "duoattention", {"retention_ratio": 0.5, "head_weights": _WEIGHTS}),
+    STREAMING,
     Setup("dbudgetkv", "dbudgetkv", {"retention_ratio": 0.9}),
     Setup("pyramidinfer", "pyramidinfer", {"retention_ratio": 0.6}),
     Setup("lazyllm", "lazyllm", {"retention_ratio": 0.5}),

@@ -21,6 +21,7 @@ from benchmarks.speed.load import (
     PYRAMIDKV,
     RETAINING,
     SNAPKV,
+    STREAMING,
     UNLOADED,
     Load,
     Setup,
@@ -120,6 +121,14 @@ def _methods(quick: bool) -> dict[str, Case]:
     return {"methods": Case(_shape_of(load), load, (*METHODS, CUTS, PYRAMIDKV, ADAKV, *OTHERS), 1 if quick else 2)}
 
 
+def _streaming(quick: bool) -> dict[str, Case]:
+    loads = [Load(1, 1024, 8, 512)] if quick else [Load(1, 4096, 8), Load(1, 16384, 8)]
+    return {
+        f"streaming-{n.prompt_tokens}": Case(f"{n.prompt_tokens} / {n.step_tokens}", n, (PLAIN, STREAMING), 1)
+        for n in loads
+    }
+
+
 def _tpot(quick: bool) -> dict[str, Case]:
     loads = [Load(4, 512, 16, 512)] if quick else [Load(4, 2048, 48), Load(4, 4096, 48)]
     return {f"tpot-{n.num_requests}x{n.prompt_tokens}": Case(_shape_of(n), n, (*METHODS, FP8)) for n in loads}
@@ -198,6 +207,13 @@ SCENARIOS = {
         _methods,
         (*_PREFILL, "blocks_after", "step_ms"),
         ("first_token_cpu_s ratio", *_SHARES, "blocks_after", "step_ms ratio"),
+        measure_engine,
+    ),
+    "streaming": Scenario(
+        "Heads that let go while a prompt is read, by prompt tokens / tokens a step",
+        _streaming,
+        (*_PREFILL, "blocks_after"),
+        ("first_token_cpu_s", "first_token_cpu_s ratio", "compact_share", "peak_blocks", "blocks_after"),
         measure_engine,
     ),
     "tpot": Scenario(

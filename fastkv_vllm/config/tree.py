@@ -252,7 +252,7 @@ class CompressionConfig:
     def plan(self, num_tokens: int, block_size: int, num_after_image: int = 0) -> PromptPlan | LeftAlone:
         """What stays of a prompt.
 
-        Its cuts are known once `for_model` has set their layers, how heads stream once weights are read from their file.
+        Its cuts are known once `for_model` has set their layers, how heads stream once weights are numbers.
 
         Args:
             num_tokens: tokens of the prompt.
