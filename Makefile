@@ -6,6 +6,8 @@ CHECKPOINT ?= benchmarks/tiny_model/checkpoint
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+# Files of tests run side by side: each engine runs one thread and has its own GiB of cache.
+TEST_WORKERS ?= 2
 CUDA_ARCHITECTURES ?= 80;90
 
 # The checkpoint is in the repository: nothing is ever fetched from a hub.
@@ -29,8 +31,8 @@ serve: setup ## Serve the tiny model with --kv-compression fastkv on HOST:PORT
 	.venv/bin/vllm serve $(CHECKPOINT) --kv-compression fastkv --kv-compression-config '{"tsp_layer": 5}' \
 		--host $(HOST) --port $(PORT) --served-model-name tiny --block-size 32 --max-model-len 4096
 
-test: setup ## Run all tests (PYTEST_ARGS="-m 'not slow'" for fewer)
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: setup ## Run all tests, two files at a time (PYTEST_ARGS="-m 'not slow'" for fewer, TEST_WORKERS=0 for one)
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: setup ## 50,000 engine steps of random requests, aborts and preemptions
 	FASTKV_RANDOM_STEPS=50000 $(PY) -m pytest -s -o timeout=0 tests/engine/test_random.py
