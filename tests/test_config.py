@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan
+from fastkv_vllm.codecs import EntryShape
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, BudgetOptions, method_class, method_names
 
@@ -45,6 +46,8 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "decay": None,
         "halting_loss": None,
         "evict_while_decoding": False,
+        "codec": "none",
+        "residual_window": None,
         "kernel_size": 7,
         "pooling": "max",
         "layer_budgets": "uniform",
@@ -228,6 +231,9 @@ BAD = [
     *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
+    *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2") for value in ("int3", 4, True)],
+    *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
+    ("residual_window", 8, "left out without a codec"),
     *[
         (name, value, r"in \(0, 1\)")
         for name in ("halting_loss", "rank_variance")
@@ -248,6 +254,41 @@ def test_bad_value_is_refused_naming_key_rule_and_value(name: str, value: object
 
 def test_every_key_has_a_bad_value() -> None:
     assert {name for name, _, _ in BAD} == set(KEYS)
+
+
+def test_a_codec_leaves_the_window_and_excludes_what_would_choose_again() -> None:
+    assert CompressionConfig("snapkv", codec="int4").residual_window == 8
+    assert CompressionConfig("snapkv", codec="int4", residual_window=100).residual_window == 100
+    for size in (7, 512):
+        with pytest.raises(ValueError, match="residual_window must be at least window_size = 8 and less than min_tok"):
+            CompressionConfig("snapkv", codec="int4", residual_window=size)
+    assert CompressionConfig("tova").evict_while_decoding
+    assert not CompressionConfig("tova", codec="int4").evict_while_decoding
+    with pytest.raises(ValueError, match="evict_while_decoding must be false: entries stored with codec 'int4'"):
+        CompressionConfig("tova", codec="int4", evict_while_decoding=True)
+    for method in ("duoattention", "gemfilter"):
+        with pytest.raises(ValueError, match=f"codec must be 'none': {method} moves its entries"):
+            CompressionConfig(method, codec="fp8")
+
+
+def test_a_plan_with_a_codec() -> None:
+    """By hand: 2048 tokens, a fifth kept, 409; the last block is the tail, 12 of 32 are encoded in 384 / 113 pages."""
+    plan = CompressionConfig("snapkv", retention_ratio=0.2, codec="int4").plan(2048, 32, entry=EntryShape(64, 2))
+    assert isinstance(plan, PromptPlan)
+    assert (plan.num_tail, plan.num_whole_blocks, plan.num_pages, plan.num_kept) == (32, 63, 12, 416)
+    assert (plan.page_entries, plan.num_stored_blocks, plan.num_freed_blocks) == (113, 4, 59)
+    ragged = CompressionConfig("adakv", retention_ratio=0.2, codec="int4").plan(2048, 32, entry=EntryShape(64, 2))
+    assert isinstance(ragged, PromptPlan) and ragged.num_stored_blocks == 5
+    whole = CompressionConfig("snapkv", retention_ratio=1.0, codec="int8").plan(2048, 32, entry=EntryShape(64, 2))
+    assert isinstance(whole, PromptPlan) and (whole.num_kept, whole.num_freed_blocks) == (2048, 63 - 34)
+    wide = CompressionConfig("snapkv", codec="int4", residual_window=100).plan(2001, 32, entry=EntryShape(64, 2))
+    assert isinstance(wide, PromptPlan) and (wide.num_whole_blocks, wide.num_tail) == (59, 113)
+
+
+def test_a_codec_that_does_not_fit_is_refused() -> None:
+    config = CompressionConfig("snapkv", codec="kivi2")
+    with pytest.raises(ValueError, match="kv_compression_config: codec 'kivi2': --block-size must be a multiple of 32"):
+        config.page_entries(16, EntryShape(64, 2))
 
 
 LIMITS: list[dict[str, Any]] = [

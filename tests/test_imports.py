@@ -15,10 +15,11 @@ ALLOWED = {
     "__init__": set(),
     "cache": set(),
     "kernels": set(),
+    "codecs": {"kernels"},
     "methods": {"cache", "kernels"},
     "calibrate": {"kernels", "methods"},
-    "config": {"cache", "kernels", "methods"},
-    "adapter": {"cache", "calibrate", "config", "kernels", "methods"},
+    "config": {"cache", "codecs", "kernels", "methods"},
+    "adapter": {"cache", "calibrate", "codecs", "config", "kernels", "methods"},
 }
 FAST_FORMS = ("triton", "cuda")  # files of an op
 FORMS = ("reference", *FAST_FORMS)

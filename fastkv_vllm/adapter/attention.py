@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace
 
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads, Held
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
 
@@ -30,14 +31,14 @@ _layer_index = cache(extract_layer_index)  # it takes a name apart, in every lay
 class CompressionMetadata(CPUAttentionMetadata):
     """The engine's metadata, the prompts to compress, the rows that vote on, and those that are read head by head.
 
-    Where `reads` is set the metadata's own tables are not used: `plain` has those of the other requests, whose rows
-    are `plain_rows`; both are None where there are none.
+    Where there are `reads`, of pages as they are and of encoded ones, the metadata's own tables are not used: `plain`
+    has those of the other requests, whose rows are `plain_rows`; both are None where there are none.
     """
 
     prefills: tuple[PrefillRows, ...] = ()
     decodes: tuple[DecodeRows, ...] = ()
     compressor: Compressor | None = None
-    reads: HeadReads | None = None
+    reads: tuple[HeadReads, ...] = ()
     plain: CPUAttentionMetadata | None = None
     plain_rows: torch.Tensor | None = None
 
@@ -69,7 +70,7 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         view: CommonAttentionMetadata,
         prefills: tuple[PrefillRows, ...],
         decodes: tuple[DecodeRows, ...],
-        held: Mapping[int, HeadPages],
+        held: Mapping[int, Held],
     ) -> CompressionMetadata:
         """Metadata of rows whose reads are already in `view`, but for the requests in `held`.
 
@@ -105,12 +106,21 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
             plain_rows=plain_rows,
         )
 
-    def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, HeadPages]) -> HeadReads:
+    def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, Held]) -> tuple[HeadReads, ...]:
         assert self.compressor is not None and self.compressor.pool is not None, "set up with the cache"
-        pool = self.compressor.pool
-        rows = rows_of(held, view, self.block_size)
-        reads = HeadReads(rows, pool, self._tables.tables(rows, pool))
-        num_queries, max_query_len = int(reads.query_start[-1]), max(row.count for row in rows)
+        pool, reads = self.compressor.pool, []
+        if as_they_are := {number: pages for number, pages in held.items() if isinstance(pages, HeadPages)}:
+            rows = rows_of(as_they_are, view, self.block_size)
+            reads.append(HeadReads(rows, pool, self._tables.tables(rows, pool)))
+        if encoded := {number: pages for number, pages in held.items() if isinstance(pages, EncodedPages)}:
+            reads.append(EncodedReads(rows_of(encoded, view, self.block_size), pool))
+        for part in reads:
+            part.metadata = self._schedules(part, view)
+        return tuple(reads)
+
+    def _schedules(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[CPUAttentionMetadata]:
+        """The engine's metadata of the sequences of each layer."""
+        metadata = []
         schedules: dict[tuple[int, ...], torch.Tensor] = {}
         for table, lengths, key in zip(reads.tables, reads.seq_lens, map(tuple, reads.seq_lens.tolist()), strict=True):
             if key not in schedules:  # layers of equal lengths share one
@@ -128,10 +138,10 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
                     enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
                     kv_cache_dtype=self.kv_cache_dtype,
                 )
-            reads.metadata.append(
+            metadata.append(
                 CPUAttentionMetadata(
-                    num_actual_tokens=num_queries,
-                    max_query_len=max_query_len,
+                    num_actual_tokens=int(reads.query_start[-1]),
+                    max_query_len=max(row.count for row in reads.rows),
                     query_start_loc=reads.query_start,
                     max_seq_len=max(key),
                     seq_lens=lengths,
@@ -140,7 +150,7 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
                     scheduler_metadata=schedules[key],
                 )
             )
-        return reads
+        return metadata
 
 
 class CompressionAttentionImpl(CPUAttentionBackendImpl):
@@ -158,7 +168,7 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if isinstance(attn_metadata, CompressionMetadata) and attn_metadata.reads is not None:
+        if isinstance(attn_metadata, CompressionMetadata) and attn_metadata.reads:
             self._forward_heads(layer, query, key, value, kv_cache, attn_metadata, output)
         else:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
@@ -186,25 +196,25 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
         metadata: CompressionMetadata,
         output: torch.Tensor,
     ) -> None:
-        """Two calls: requests with pages per head as one sequence per KV head, all others the ordinary way."""
-        reads = metadata.reads
-        assert reads is not None, "the caller looked"
+        """A call each: requests with pages per head as one sequence per KV head, all others the ordinary way."""
         if metadata.plain is not None:
             rows = metadata.plain_rows
             part = torch.empty_like(output[rows])
             super().forward(layer, query[rows], key, value, kv_cache, metadata.plain, part)
             output[rows] = part
-        schedule = reads.metadata[_layer_index(layer.layer_name)]
-        num_tokens, shape = metadata.num_actual_tokens, (self.num_queries_per_kv, self.head_size)
-        if metadata.plain is None and metadata.max_query_len == 1:  # queries stand sequence by sequence
+        layer_index, shape = _layer_index(layer.layer_name), (self.num_queries_per_kv, self.head_size)
+        if metadata.plain is None and metadata.max_query_len == 1 and len(metadata.reads) == 1:
+            (reads,) = metadata.reads  # queries stand sequence by sequence
+            num_tokens, schedule = metadata.num_actual_tokens, reads.metadata[layer_index]
             ours, part = query[:num_tokens].reshape(-1, *shape), output[:num_tokens].view(-1, *shape)
-            super().forward(layer, ours, key, value, reads.pool.cache, schedule, part)
+            super().forward(layer, ours, key, value, reads.cache(layer_index), schedule, part)
             return
-        rows, heads = reads.queries
-        ours = query.view(query.shape[0], self.num_kv_heads, *shape)[rows, heads]
-        part = torch.empty_like(ours)
-        super().forward(layer, ours, key, value, reads.pool.cache, schedule, part)
-        output.view(output.shape[0], self.num_kv_heads, *shape)[rows, heads] = part
+        for reads in metadata.reads:
+            rows, heads = reads.queries
+            ours = query.view(query.shape[0], self.num_kv_heads, *shape)[rows, heads]
+            part = torch.empty_like(ours)
+            super().forward(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
+            output.view(output.shape[0], self.num_kv_heads, *shape)[rows, heads] = part
 
 
 class CompressionBackend(CPUAttentionBackend):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastkv_vllm.adapter.encoded import Held
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.cache import PromptPlan
@@ -84,14 +85,15 @@ class Batch:
         prefills: requests with an unfinished prompt.
         decodes: compressed requests whose entries are rated in this step.
         null_blocks: row of the block table -> leading null blocks of a request compressed evenly.
-        held: row of the block table -> pages of a request compressed unevenly; it is not read through that table.
+        held: row of the block table -> pages of a request compressed unevenly or encoded; it is not read through that
+            table.
         block_size: tokens per block.
     """
 
     prefills: tuple[PrefillRows, ...]
     decodes: tuple[DecodeRows, ...]
     null_blocks: dict[int, int]
-    held: dict[int, HeadPages]
+    held: dict[int, Held]
     block_size: int
 
     def read_view(self, common: Any) -> Any:

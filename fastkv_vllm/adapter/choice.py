@@ -11,6 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 from fastkv_vllm.adapter.conflicts import conflicts_of_method
 from fastkv_vllm.adapter.request import context_tokens
+from fastkv_vllm.codecs import EntryShape
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import CUT_BUDGETS, method_class
 
@@ -41,10 +42,14 @@ class Choice:
     Args:
         vllm_config: finished, with compression wired in.
         default: the server's configuration, filled in for the model.
+
+    Fields:
+        entry: of the engine's cache.
     """
 
     def __init__(self, vllm_config: VllmConfig, default: CompressionConfig) -> None:
         self.default = default
+        self.entry = entry_shape(vllm_config)
         self._vllm_config = vllm_config
         self._make = lru_cache(_REMEMBERED)(self._make_uncached)  # an engine lives as long as its process
 
@@ -146,11 +151,19 @@ class Choice:
         model = self._vllm_config.model_config
         if config.head_weights is None and config.head_budgets == self.default.head_budgets:
             config = dataclasses.replace(config, head_weights=self.default.head_weights)
-        return config.for_model(
+        config = config.for_model(
             num_layers=model.get_total_num_hidden_layers(),
             num_kv_heads=model.get_total_num_kv_heads(),
             max_model_len=model.max_model_len,
         )
+        config.page_entries(self._vllm_config.cache_config.block_size, self.entry)
+        return config
+
+
+def entry_shape(vllm_config: VllmConfig) -> EntryShape:
+    """An entry of the cache that an engine of this configuration has."""
+    model = vllm_config.model_config
+    return EntryShape(model.get_head_size(), model.dtype.itemsize)
 
 
 def _as_flag(value: Any) -> Any:

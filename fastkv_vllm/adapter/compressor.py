@@ -8,11 +8,13 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
+from fastkv_vllm.adapter.encoded import EncodedMove, EncodedPages, Held, grid
 from fastkv_vllm.adapter.eviction import Evictor
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
+from fastkv_vllm.codecs import CODECS
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods import DENSITY, RankWatch, density, halting_pages, kept_norms, last_attention
 
@@ -34,9 +36,10 @@ class Compressor:
         layout: how a page is laid out inside; set with the cache.
         pool: all layers' pages; set with the cache.
         evictor: what goes on after a prompt; set with the cache.
-        held: request -> pages of a prompt compressed unevenly, or of what was read by a stop, until the request is gone
-            or preempted.
-        scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly in this step.
+        held: request -> pages of a prompt compressed unevenly or encoded, or of what was read by a stop, until the
+            request is gone or preempted.
+        scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly or to encode in
+            this step.
         kept: request -> columns of each layer that stay before the tail, head after head, of prompts that ended in
             this step and whose entries are evicted while decoding.
         halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
@@ -60,13 +63,14 @@ class Compressor:
         self.layout: PageLayout | None = None
         self.pool: PagePool | None = None
         self.evictor: Evictor | None = None
-        self.held: dict[str, HeadPages] = {}
+        self.held: dict[str, Held] = {}
         self.scored: dict[str, list[torch.Tensor]] = {}
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
         self.densities: dict[str, list[float]] = {}
         self._moves: list[_Move] = []
         self._page_moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # pages [n, 1, block_size, 2 * D], where to [n]
+        self._encoded: list[EncodedMove] = []
 
     def use_cache(self, kv_caches: Sequence[torch.Tensor], isa: str) -> None:
         """Get to know the engine's cache.
@@ -90,6 +94,7 @@ class Compressor:
         self.densities.clear()
         self._moves.clear()
         self._page_moves.clear()
+        self._encoded.clear()
 
     def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
         """Drop what is held for requests other than those whose prompt goes on and those with compressed pages."""
@@ -99,6 +104,15 @@ class Compressor:
         self.windows = {key: q for key, q in self.windows.items() if key[0] in partial}
         self.sums = {key: sums for key, sums in self.sums.items() if key[0] in partial}
         self.stash = {rid: rows for rid, rows in self.stash.items() if rid in partial}
+
+    def erase(self, compressed: frozenset[str]) -> None:
+        """Leave zeros where requests other than those with compressed pages had codes, before others write there."""
+        for rid in self.held.keys() - compressed:
+            pages = self.held[rid]
+            if isinstance(pages, EncodedPages):
+                assert self.pool is not None, "use_cache came first"
+                pages.erase(self.pool)
+                del self.held[rid]
 
     def take_stats(self) -> WorkerStats:
         """Figures since the last call."""
@@ -155,7 +169,7 @@ class Compressor:
                 if prefill.recipe.config.halting_loss is not None:
                     pages = self._halt(prefill, scores, query[prefill.rows][-1] * scale, key, kv_cache)
                     self.halted.setdefault(prefill.request_id, []).append(pages)
-                if prefill.plan.is_ragged:
+                if prefill.plan.is_ragged or prefill.plan.page_entries is not None:
                     self.scored.setdefault(prefill.request_id, []).append(scores)
                     continue
                 kept = select(scores, prefill.plan.num_moved)
@@ -201,6 +215,7 @@ class Compressor:
             assert prefill.destination is not None, "the prompt ends"
             counts = torch.full((len(kept), self.pool.num_heads), plan.num_pages)
             held = HeadPages.share(plan.num_whole_blocks, counts, self.pool, prefill.destination)
+        assert isinstance(held, HeadPages), "a codec excludes eviction"
         sums, windows = ([of[rid, n] for n in range(len(kept)) if (rid, n) in of] for of in (self.sums, self.windows))
         self.evictor.begin(prefill, held, kept, sums, windows)
 
@@ -212,8 +227,11 @@ class Compressor:
             for pages, places in self._page_moves:
                 assert self.pool is not None, "use_cache came first"
                 self.pool.cache[places] = pages
+            for move in self._encoded:
+                move.carry_out()
         self._moves.clear()
         self._page_moves.clear()
+        self._encoded.clear()
 
     def _let_go(self, prefill: PrefillRows, destination: Sequence[int]) -> None:
         """Heads keep their first and most recent pages of a prompt that came to a stop, which move to `destination`."""
@@ -246,7 +264,13 @@ class Compressor:
             counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads, densities)
             if prefill.request_id in self.halted:
                 counts = counts.minimum(torch.tensor(self.halted[prefill.request_id]).unsqueeze(1))
-            held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
+            held: Held
+            if plan.page_entries is None:
+                held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
+            else:
+                assert prefill.recipe.config.codec is not None, "the plan has one"
+                codec = CODECS[prefill.recipe.config.codec]
+                held = EncodedPages.share(plan, counts, codec, pool, prefill.destination)
             kept = [
                 select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
                 for layer, count in zip(scores, counts, strict=True)
@@ -254,26 +278,38 @@ class Compressor:
         self.held[prefill.request_id] = held
         if plan.evicts:
             self.kept[prefill.request_id] = kept
-        if surplus := len(prefill.destination) - blocks_for(counts):
+        if surplus := len(prefill.destination) - held.num_blocks:
             self.stats.surplus[prefill.request_id] = surplus
+        if blocks_for(counts) < plan.num_pages:
+            self.stats.fewer_pages[prefill.request_id] = blocks_for(counts)
         with self._timed("compact_us"):
             for layer, entries in enumerate(kept):
                 heads = torch.arange(pool.num_heads).repeat_interleave(counts[layer] * plan.block_size)
-                slots = held.slots(layer, plan.block_size)
-                num_seen = scores[layer].shape[1]
-                if num_seen + plan.num_tail < plan.num_tokens and plan.num_tail:
-                    # Rows chosen at a cut were cached densely: the tail's true slots are still empty here.
-                    tail = torch.arange(plan.num_tail)
-                    entries = torch.cat([entries, (num_seen + tail).repeat(pool.num_heads)])
-                    heads = torch.cat([heads, torch.arange(pool.num_heads).repeat_interleave(plan.num_tail)])
-                    own = pool.pages(prefill.blocks[-1:])[layer]  # [H, 1]
-                    slots = torch.cat([slots, (own * plan.block_size + tail).flatten()])
                 if prefill.held is None:
                     pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
                 else:
                     pages = by_block[layer, heads, entries // plan.block_size]
                 keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
-                self._moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
+                if isinstance(held, EncodedPages):
+                    data = held.codec.encode(keys, values)
+                    self._encoded.append(EncodedMove(grid(pool, held.codec), *held.places(layer, pool), data))
+                else:
+                    slots = held.slots(layer, plan.block_size)
+                    self._moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
+                if scores[layer].shape[1] + plan.num_tail < plan.num_tokens and plan.num_tail:
+                    self._moves.append(self._tail(prefill, layer, scores[layer].shape[1]))
+
+    def _tail(self, prefill: PrefillRows, layer: int, num_seen: int) -> _Move:
+        """Rows chosen at a cut were cached densely, `num_seen` before the tail: its true slots are still empty here."""
+        pool, plan = self.pool, prefill.plan
+        assert pool is not None, "use_cache came first"
+        size, tail = plan.block_size, torch.arange(plan.num_tail)
+        rows = num_seen + tail
+        of_rows = pool.pages(prefill.blocks[rows // size])[layer]  # [H, tail]
+        keys, values = pool.layout.take(pool.cache, of_rows.flatten(), (rows % size).repeat(pool.num_heads))
+        own = pool.pages(prefill.blocks[plan.num_whole_blocks :])[layer]  # [H, blocks]
+        slots = own[:, tail // size] * size + tail % size
+        return pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots.flatten()
 
     def _keep_window(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> None:
         """Remember the queries of those voters that are in a chunk before the last."""

@@ -97,7 +97,7 @@ class CompressingManager(FullAttentionManager):
         Returns:
             Request -> ids of the blocks that take its kept pages, in order.
         """
-        wholes = {rid: self.req_to_blocks[rid][: n // self.plans[rid].block_size] for rid, n in stops.items()}
+        wholes = {rid: self.req_to_blocks[rid][: self.plans[rid].num_whole_blocks_at(n)] for rid, n in stops.items()}
         moving = [rid for rid in stops if self.enable_caching and rid not in self.null_blocks]
         for rid in moving:
             self.block_pool.free_blocks(reversed(wholes[rid]))
@@ -183,11 +183,17 @@ class CompressingManager(FullAttentionManager):
             ref_counts={block.block_id: block.ref_cnt for block in real},
             tables={rid: [block.block_id for block in blocks] for rid, blocks in self.req_to_blocks.items()},
             hashed=[block.block_id for block in real if block.block_hash is not None],
-            private={
-                rid: [block.block_id for block in self.req_to_blocks[rid][nulls:]]
-                for rid, nulls in self.null_blocks.items()
-            },
+            private={rid: [block.block_id for block in self._private_blocks(rid)] for rid in self.null_blocks},
         )
+
+    def _private_blocks(self, request_id: str) -> list[KVCacheBlock]:
+        """Blocks of a compressed request that no other may read: all whole ones of its tail, which nobody writes."""
+        table, nulls = self.req_to_blocks[request_id], self.null_blocks[request_id]
+        if request_id not in self.ended:
+            return table[nulls:]
+        plan = self.plans[request_id]
+        whole, shared = (max(nulls, n) for n in (plan.num_whole_blocks, plan.num_tokens // plan.block_size))
+        return table[nulls:whole] + table[shared:]
 
     def _reserved_blocks(self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock]) -> int:
         """Free blocks an allocation must leave for prompts that come to a stop in this step (prefix caching only).
@@ -208,7 +214,7 @@ class CompressingManager(FullAttentionManager):
         for rid, stop in stopping.items():
             if rid in self.null_blocks:
                 continue
-            num_whole = stop // self.plans[rid].block_size
+            num_whole = self.plans[rid].num_whole_blocks_at(stop)
             whole = self.req_to_blocks.get(rid, [])[:num_whole]
             returned = sum(block.ref_cnt == 1 and block.block_id not in hit for block in whole)
             if rid == request_id:

@@ -8,7 +8,7 @@ its own page table and length.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -66,6 +66,25 @@ def blocks_for(counts: torch.Tensor) -> int:
     return -(-int(counts.sum()) // counts.numel())
 
 
+class KeptPages(Protocol):
+    """Where the kept entries of one compressed prompt lie, as far as the batch must know.
+
+    Fields:
+        num_whole: whole blocks of the prompt; entries after them lie in the blocks of the request's own table.
+        counts: pages that attention sees of each layer and head, [L, H] int64.
+        num_blocks: blocks that hold them.
+    """
+
+    @property
+    def num_whole(self) -> int: ...
+
+    @property
+    def counts(self) -> torch.Tensor: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class HeadPages:
     """Where the kept entries of one compressed prompt lie, or those of its part up to a stop.
@@ -102,6 +121,10 @@ class HeadPages:
         taken[..., : own.shape[2]] = False
         pages[taken] = spare[: int(taken.sum())]
         return cls(num_whole, counts, pages * wanted)
+
+    @property
+    def num_blocks(self) -> int:
+        return blocks_for(self.counts)
 
     @classmethod
     def whole(cls, pool: PagePool, blocks: torch.Tensor) -> "HeadPages":
@@ -160,8 +183,11 @@ class HeadPages:
         return table.scatter(2, index, later)
 
 
+P = TypeVar("P", bound=KeptPages, covariant=True)
+
+
 @dataclass(frozen=True)
-class HeadRows:
+class HeadRows(Generic[P]):
     """Rows of one request with pages of its own per head, in the batch of a step.
 
     Fields:
@@ -175,7 +201,7 @@ class HeadRows:
     count: int
     num_tokens: int
     blocks: torch.Tensor
-    held: HeadPages
+    held: P
 
 
 @dataclass
@@ -189,10 +215,14 @@ class HeadReads:
         metadata: per layer, the engine's metadata of these sequences.
     """
 
-    rows: Sequence[HeadRows]
+    rows: Sequence[HeadRows[KeptPages]]
     pool: PagePool
     tables: torch.Tensor
     metadata: list[Any] = field(default_factory=list)
+
+    def cache(self, layer: int) -> torch.Tensor:
+        """Pages that the layer's table names, [num_pages, 1, block_size, 2 * D]."""
+        return self.pool.cache
 
     @cached_property
     def seq_lens(self) -> torch.Tensor:
@@ -222,10 +252,10 @@ class TableCache:
     """Tables of the last step, used again until a request starts a new block."""
 
     def __init__(self) -> None:
-        self._rows: Sequence[HeadRows] = ()
+        self._rows: Sequence[HeadRows[HeadPages]] = ()
         self._tables = torch.empty(0)
 
-    def tables(self, rows: Sequence[HeadRows], pool: PagePool) -> torch.Tensor:
+    def tables(self, rows: Sequence[HeadRows[HeadPages]], pool: PagePool) -> torch.Tensor:
         """Page tables of all sequences, [L, requests * H, width] int32."""
         if [(id(r.held), len(r.blocks)) for r in rows] != [(id(r.held), len(r.blocks)) for r in self._rows]:
             parts = [r.held.table(pool, r.blocks) for r in rows]
@@ -235,7 +265,7 @@ class TableCache:
         return self._tables
 
 
-def rows_of(held: Mapping[int, HeadPages], view: Any, block_size: int) -> list[HeadRows]:
+def rows_of(held: Mapping[int, P], view: Any, block_size: int) -> list[HeadRows[P]]:
     """Rows of the requests in `held`, by their number in the batch of `view` (vLLM's CommonAttentionMetadata)."""
     starts, lengths = view.query_start_loc.tolist(), view.seq_lens.tolist()
     found = []

@@ -16,8 +16,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.encoded import EncodedPages, Held
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
-from fastkv_vllm.adapter.ragged import blocks_for
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
@@ -52,6 +52,7 @@ class CPUCompressionRunner(CPUModelRunner):
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         orders = self._orders = orders_of(scheduler_output)
         plan = orders.plan
+        self.compressor.erase(plan.compressed)
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
             if self._builder.batch is not None:
@@ -118,7 +119,8 @@ class CPUCompressionRunner(CPUModelRunner):
         starts = self.query_start_loc.np
         table = self.input_batch.block_table[0].get_cpu_tensor()
         prefills, decodes = [], []
-        null_blocks, held = {}, {}
+        null_blocks: dict[int, int] = {}
+        held: dict[int, Held] = {}
         for row, request_id in enumerate(self.input_batch.req_ids):
             if request_id in self.compressor.held and request_id in plan.null_blocks:
                 held[row] = self.compressor.held[request_id]
@@ -127,7 +129,8 @@ class CPUCompressionRunner(CPUModelRunner):
             if request_id in plan.null_blocks and request_id not in plan.prefills:
                 decodes += self._decode_rows(row, request_id, plan)
             if request_id in plan.prefills:
-                prompt = plan.prefills[request_id]
+                prompt, pages = plan.prefills[request_id], held.get(row)
+                assert not isinstance(pages, EncodedPages), "a codec excludes stops within the prompt"
                 num_blocks = -(-prompt.num_tokens // block_size)
                 prefills.append(
                     PrefillRows(
@@ -139,7 +142,7 @@ class CPUCompressionRunner(CPUModelRunner):
                         start=int(self.input_batch.num_computed_tokens_cpu[row]),
                         blocks=table[row, :num_blocks].to(torch.int64),
                         destination=plan.destinations.get(request_id),
-                        held=held.get(row),
+                        held=pages,
                         streaming=plan.streaming.get(request_id),
                         tokens=self._prompt_tokens(row, prompt) if prompt.reads_again else None,
                     )
@@ -172,7 +175,7 @@ class CPUCompressionRunner(CPUModelRunner):
         """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""
         held = self.compressor.held.get(request_id)
         num_whole = plan.prefills[request_id].num_whole_blocks if held is None else held.num_whole
-        kept = destination if held is None else destination[-blocks_for(held.counts) :]
+        kept = destination if held is None else destination[-held.num_blocks :]
         whole = [0] * (num_whole - len(kept)) + kept
         self.requests[request_id].block_ids[0][: len(whole)] = whole
         row = self.input_batch.req_id_to_index[request_id]

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -16,7 +15,15 @@ from fastkv_vllm.adapter.choice import NONE, Choice
 from fastkv_vllm.adapter.kv_cache import CompressingManager
 from fastkv_vllm.adapter.metrics import encode_stats
 from fastkv_vllm.adapter.request import context_tokens, tokens_after_image
-from fastkv_vllm.adapter.step import CompressionStats, Orders, PromptStats, attach_orders, orders_of, stats_of
+from fastkv_vllm.adapter.step import (
+    CompressionStats,
+    Orders,
+    PromptStats,
+    WorkerStats,
+    attach_orders,
+    orders_of,
+    stats_of,
+)
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
 from fastkv_vllm.config import CompressionConfig
@@ -125,7 +132,7 @@ class _CompressionMixin(Scheduler):
         if stats is not None:
             self.totals.add_worker(stats)
             self._unreported.add_worker(stats)
-            self._settle(orders_of(scheduler_output), stats.surplus)
+            self._settle(orders_of(scheduler_output), stats)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.has_unfinished_requests():
             self._check_idle()
@@ -164,24 +171,24 @@ class _CompressionMixin(Scheduler):
             return LeftAlone.REQUESTED
         num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
         num_after_image = tokens_after_image(request.mm_features, num_tokens)
-        return config.plan(num_tokens, self.manager.block_size, num_after_image)
+        return config.plan(num_tokens, self.manager.block_size, num_after_image, self._choice.entry)
 
     def _fills_a_block(self, request_id: str) -> bool:
         """Whether a compressed request chooses anew after the step just scheduled."""
         num_tokens = self.requests[request_id].num_computed_tokens
         return self.manager.plans[request_id].evicts and num_tokens % self.manager.block_size == 0
 
-    def _settle(self, orders: Orders, surplus: Mapping[str, int]) -> None:
+    def _settle(self, orders: Orders, stats: WorkerStats) -> None:
         """Give back what the prompts that ended in a step did not need of their budget, now that its worker knows."""
         for rid, destination in orders.plan.destinations.items():
-            num_blocks = self.manager.settle(rid, destination, surplus.get(rid, 0))
+            num_blocks = self.manager.settle(rid, destination, stats.surplus.get(rid, 0))
             plan = orders.plan.prefills[rid]
-            kept = plan.num_kept - num_blocks * plan.block_size
+            kept = stats.fewer_pages.get(rid, plan.num_pages) * plan.block_size + plan.num_tail
             if rid in self._reports:  # else it has ended meanwhile
                 self._reports[rid]["prompt_tokens_kept"] = kept
             self._count_prompts(orders.configs[rid], PromptStats(prompt_tokens_kept=kept, blocks_freed=num_blocks))
             if num_blocks:
-                logger.debug("request %s: %d more blocks freed by the halting rule", rid, num_blocks)
+                logger.debug("request %s: %d more blocks freed than its plan said", rid, num_blocks)
 
     def _count_compressed(self, request_id: str, plan: PromptPlan) -> None:
         config = self._config(self.requests[request_id])

@@ -21,7 +21,8 @@ class WorkerStats:
     Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
     microseconds spent scoring entries, selecting those that stay (and the rows that go on), and moving them; layer ->
     prompts whose rows were cut after it; request whose prompt ended -> leading blocks of its destination that its pages
-    did not need.
+    did not need; request whose prompt ended with fewer entries than planned -> mean pages of a layer and head, rounded
+    up.
     """
 
     tsp_rows_in: int = 0
@@ -32,6 +33,7 @@ class WorkerStats:
     compact_us: int = 0
     cut_layers: dict[int, int] = field(default_factory=dict)
     surplus: dict[str, int] = field(default_factory=dict)
+    fewer_pages: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,7 +66,7 @@ class CompressionStats(PromptStats):
 
     def add_worker(self, stats: WorkerStats) -> None:
         for item in fields(WorkerStats):
-            if item.name not in ("stash_bytes", "cut_layers", "surplus"):
+            if item.name not in ("stash_bytes", "cut_layers", "surplus", "fewer_pages"):
                 setattr(self.worker, item.name, getattr(self.worker, item.name) + getattr(stats, item.name))
         for layer, count in stats.cut_layers.items():
             self.worker.cut_layers[layer] = self.worker.cut_layers.get(layer, 0) + count

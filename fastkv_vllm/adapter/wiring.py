@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 
 from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.arguments import configured
-from fastkv_vllm.adapter.choice import Choice
+from fastkv_vllm.adapter.choice import Choice, entry_shape
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
 from fastkv_vllm.adapter.version import require_supported_vllm
@@ -91,6 +91,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
         num_kv_heads=model.get_total_num_kv_heads(),
         max_model_len=model.max_model_len,
     )
+    config.page_entries(vllm_config.cache_config.block_size, entry_shape(vllm_config))
     scheduler = "AsyncCompressionScheduler" if vllm_config.scheduler_config.async_scheduling else "CompressionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"

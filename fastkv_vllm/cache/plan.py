@@ -9,6 +9,8 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 | [forced_from, P)               | forced  | window, recent, block tail: stay, always propagate  |
 | [m * block_size, P), in forced | tail    | never moved: it lies in the last, partial block     |
 
+Where entries are stored in fewer bytes, the tail begins earlier: the last `residual` tokens lie in it, too.
+
 Where entries are evicted while decoding, a choice of the same kind follows whenever a block after the prompt is full:
 as many entries as the kept pages hold, out of these and that block, forced ones by order instead of position.
 
@@ -85,6 +87,8 @@ class PromptPlan:
         reads_again: the rows that go on after the only cut are tokens, read again from layer 0 and position 0 on as a
             prompt of their own, whose entries stay.
         streaming: how heads let go of entries while the prompt is read; None: all see all of it.
+        residual: last tokens that stay as they are where the others are encoded.
+        page_entries: encoded entries that a page has room for; None: entries are stored as they are.
     """
 
     num_tokens: int
@@ -100,6 +104,8 @@ class PromptPlan:
     cut_from: int | None = None
     reads_again: bool = False
     streaming: Streaming | None = None
+    residual: int = 0
+    page_entries: int | None = None
 
     @property
     def has_stash(self) -> bool:
@@ -115,12 +121,13 @@ class PromptPlan:
 
     @property
     def num_whole_blocks(self) -> int:
-        return self.num_tokens // self.block_size
+        """Whole blocks before the tail."""
+        return (self.num_tokens - self.residual) // self.block_size
 
     @property
     def num_tail(self) -> int:
-        """Tokens of the last, partial block."""
-        return self.num_tokens % self.block_size
+        """Tokens of the last, partial block, and of those before it that have some of the residual ones."""
+        return self.num_tokens - self.num_whole_blocks * self.block_size
 
     @property
     def forced_from(self) -> int:
@@ -147,9 +154,17 @@ class PromptPlan:
         return self.num_moved + self.num_tail
 
     @property
+    def num_stored_blocks(self) -> int:
+        """Blocks that hold the moved entries; where layers and heads round up unevenly, the most they can be."""
+        if self.page_entries is None:
+            return self.num_pages
+        even = -(-self.num_moved // self.page_entries)
+        return even + 1 if self.is_ragged else even  # each layer and head may begin a page more than its share
+
+    @property
     def num_freed_blocks(self) -> int:
         """Blocks that return to the pool when the prompt is done."""
-        return self.num_whole_blocks - self.num_pages
+        return self.num_whole_blocks - self.num_stored_blocks
 
     def rows_after(self, num_layers: int) -> list[int]:
         """Rows that go on after each layer, the last one among them, [num_layers]; the most there may be."""
@@ -176,10 +191,14 @@ class PromptPlan:
         stop = min(num_tokens, self.num_tokens)
         return stop if stop in self.stops else None
 
+    def num_whole_blocks_at(self, stop: int) -> int:
+        """Whole blocks of the prompt up to a stop, but for those in the tail."""
+        return self.num_whole_blocks if stop == self.num_tokens else stop // self.block_size
+
     def num_blocks_at(self, stop: int) -> int:
-        """Whole blocks that stay at a stop."""
+        """Of them, blocks that stay."""
         if stop == self.num_tokens:
-            return self.num_pages
+            return self.num_stored_blocks
         assert self.streaming is not None, "only then are there stops within the prompt"
         return self.streaming.num_blocks(stop // self.block_size)
 
@@ -190,7 +209,7 @@ class PromptPlan:
             peak = max(peak, min(num_tokens, stop) - freed)
             if num_tokens <= stop:
                 return peak
-            freed = (stop // self.block_size - self.num_blocks_at(stop)) * self.block_size
+            freed = (self.num_whole_blocks_at(stop) - self.num_blocks_at(stop)) * self.block_size
         later = num_tokens - freed
         if self.evicts:  # a block beside its pages
             later = min(later, self.num_moved + self.block_size)
@@ -241,6 +260,8 @@ def plan_prompt(
     reads_again: bool = False,
     layers_keep_rows: bool = False,
     evicts: bool = False,
+    residual: int = 0,
+    page_entries: int | None = None,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -264,15 +285,15 @@ def plan_prompt(
         layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
             then raised to whole pages and the mean is lowered to them: together they always see what they keep.
         evicts: entries are evicted while decoding.
+        residual: last tokens that stay as they are where the others are encoded, below min_tokens.
+        page_entries: encoded entries that a page has room for, more than block_size; None: entries stay as they are.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
-    whole, tail = divmod(num_tokens, block_size)
-    held = -(-num_kept // block_size)
     plan = PromptPlan(
         num_tokens,
         block_size,
-        held - (tail > 0),
+        0,
         (),
         window_size,
         num_voters or window_size,
@@ -280,12 +301,15 @@ def plan_prompt(
         max(window_size, num_recent),
         is_ragged,
         evicts,
+        residual=residual,
+        page_entries=page_entries,
     )
-    num_pages = (num_kept - tail) // block_size if layers_keep_rows else plan.num_pages
-    num_pages = max(num_pages, plan.least_pages)
-    if num_pages >= whole:
+    tail = plan.num_tail
+    held = -(-num_kept // block_size)
+    num_pages = (num_kept - tail) // block_size if layers_keep_rows else held - -(-tail // block_size)
+    plan = replace(plan, num_pages=min(max(num_pages, plan.least_pages), plan.num_whole_blocks))
+    if plan.num_freed_blocks <= 0:
         return LeftAlone.BUDGET_COVERS_PROMPT
-    plan = replace(plan, num_pages=num_pages)
     least = plan.least_pages * block_size + tail if layers_keep_rows else plan.num_kept
     num_rows, effective = num_tokens, []
     for layer, wished in cuts:

@@ -1,5 +1,6 @@
 """What `--kv-compression` and `--kv-compression-config` say, as one checked object."""
 
+from fastkv_vllm.config.rules import NO_CODEC
 from fastkv_vllm.config.tree import CompressionConfig
 
-__all__ = ["CompressionConfig"]
+__all__ = ["NO_CODEC", "CompressionConfig"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from fastkv_vllm.codecs import CODECS
 from fastkv_vllm.kernels.window_scores import POOLINGS
 from fastkv_vllm.methods import (
     CUT_BUDGETS,
@@ -21,6 +22,8 @@ from fastkv_vllm.methods import (
 if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
 
+NO_CODEC = "none"
+
 
 def complete(config: "CompressionConfig") -> None:
     """Check a new configuration and fill in what its method knows; call while it is made.
@@ -32,6 +35,7 @@ def complete(config: "CompressionConfig") -> None:
     _check_numbers(config)
     _complete_votes(config, cls)
     _complete_shares(config, cls)
+    _complete_codec(config, cls)
     _complete_budgets(config, cls)
     _complete_cuts(config, cls)
     _check_requests(config)
@@ -102,8 +106,10 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
     rule = f"left out: heads of {config.method} let go of entries before the last query that the rule asks"
     check(loss is None or not config.streams, "halting_loss", rule, config)
-    fill_in(config, "evict_while_decoding", cls.default_evict_while_decoding)
+    fill_in(config, "evict_while_decoding", cls.default_evict_while_decoding and config.codec == NO_CODEC)
     check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
+    rule = f"false: entries stored with codec {config.codec!r} cannot be chosen from again"
+    check(config.codec == NO_CODEC or not config.evict_while_decoding, "evict_while_decoding", rule, config)
     if cls.layer_budgets in CUT_BUDGETS:
         rule = f"false: in {config.method} what a layer keeps follows from its own cuts of the prompt"
         check(not config.evict_while_decoding, "evict_while_decoding", rule, config)
@@ -112,6 +118,20 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check(is_number(config.head_floor) and 0 <= config.head_floor <= 1, "head_floor", "in [0, 1]", config)
     if config.budget is None and config.layer_shares is None:
         fill_in(config, "retention_ratio", cls.default_retention_ratio)
+
+
+def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
+    fill_in(config, "codec", cls.default_codec or NO_CODEC)
+    check(config.codec in (NO_CODEC, *CODECS), "codec", f"one of {', '.join((NO_CODEC, *CODECS))}", config)
+    if config.codec == NO_CODEC:
+        check(config.residual_window is None, "residual_window", "left out without a codec", config)
+        return
+    rule = f"{NO_CODEC!r}: {config.method} moves its entries before the prompt ends, or reads tokens again"
+    check(not (cls.streams or cls.reads_again), "codec", rule, config)
+    fill_in(config, "residual_window", max(config.window_size, cls.default_residual_window))
+    low, value, high = config.window_size, config.residual_window, config.min_tokens
+    rule = f"at least window_size = {low} and less than min_tokens = {high}"
+    check(is_int(value) and low <= value < high, "residual_window", rule, config)
 
 
 def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
@@ -195,11 +215,12 @@ LOWEST = {
     "streaming_tokens": 1,
     "min_tokens": 1,
     "min_tsp_layer": 0,
+    "residual_window": 0,
     "max_tsp_tokens": 1,
 }
 
 
-OPTIONAL = {"budget", "num_sink", "min_tsp_layer", "max_tsp_tokens"}
+OPTIONAL = {"budget", "num_sink", "min_tsp_layer", "residual_window", "max_tsp_tokens"}
 
 
 def is_int(value: object) -> TypeGuard[int]:

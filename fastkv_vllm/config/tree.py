@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
-from fastkv_vllm.config.rules import as_json, complete, each
+from fastkv_vllm.codecs import CODECS, EntryShape
+from fastkv_vllm.config.rules import NO_CODEC, as_json, complete, each
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, OBSERVED, Allocator, BudgetOptions, Method, method_class
 
 
@@ -52,6 +53,10 @@ class CompressionConfig:
             pages than that takes, and the budget is a ceiling; None: the method's own, which may be no such rule.
         evict_while_decoding: whether a full block of entries after the prompt is chosen from together with what the
             prompt kept, and as many entries stay as before; None: the method's own. Without it they all stay.
+        codec: how kept entries are stored, a name in `codecs.CODECS`; "none": in the model's dtype; None: the method's
+            own, mostly none. What is generated stays in the model's dtype.
+        residual_window: last prompt tokens that a codec leaves in the model's dtype; None: the method's own, the window
+            at least.
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
@@ -84,6 +89,8 @@ class CompressionConfig:
     head_floor: float = 0.2
     halting_loss: float | None = None
     evict_while_decoding: bool | None = None
+    codec: str | None = None
+    residual_window: int | None = None
     min_tokens: int = 512
     allow_request_override: bool = True
     min_retention_ratio: float = 0.0
@@ -249,7 +256,23 @@ class CompressionConfig:
         )
         return Allocator(self.layer_budgets, self.head_budgets, options)
 
-    def plan(self, num_tokens: int, block_size: int, num_after_image: int = 0) -> PromptPlan | LeftAlone:
+    def page_entries(self, block_size: int, entry: EntryShape) -> int | None:
+        """Encoded entries that a page has room for; None: entries are stored as they are.
+
+        Raises:
+            ValueError: the codec cannot store entries of this shape, or not in pages of this size.
+        """
+        if self.codec == NO_CODEC:
+            return None
+        assert self.codec is not None, "filled in by __post_init__"
+        try:
+            return CODECS[self.codec].page_entries(block_size, entry)
+        except ValueError as error:
+            raise ValueError(f"kv_compression_config: codec {self.codec!r}: {error}") from error
+
+    def plan(
+        self, num_tokens: int, block_size: int, num_after_image: int = 0, entry: EntryShape | None = None
+    ) -> PromptPlan | LeftAlone:
         """What stays of a prompt.
 
         Its cuts are known once `for_model` has set their layers, how heads stream once weights are numbers.
@@ -258,11 +281,13 @@ class CompressionConfig:
             num_tokens: tokens of the prompt.
             block_size: tokens per block.
             num_after_image: of them, those after its last image; 0: none or no image.
+            entry: of the engine's cache; needed where there is a codec.
         """
         assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
         assert self.evict_while_decoding is not None, "filled in by __post_init__"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
+        assert entry is not None or self.codec == NO_CODEC, "a codec stores entries of some shape"
         cls = method_class(self.method)
         num_recent = int(num_kept * self.recent_share)
         num_voters = num_recent if cls.recent_ones_vote and num_recent > self.window_size else self.window_size
@@ -289,6 +314,8 @@ class CompressionConfig:
             is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,
+            residual=self.residual_window or 0,
+            page_entries=None if entry is None else self.page_entries(block_size, entry),
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
             return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))

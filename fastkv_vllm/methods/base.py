@@ -30,8 +30,9 @@ class Method(ABC):
         most_voters_after_image: where a prompt has an image, so many of the tokens after the last one vote at most, not
             the last `window_size`; 0: images make no difference.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
-            default_halting_loss, default_rank_variance, default_evict_while_decoding: the fields of CompressionConfig
-            without `default_`, when the configuration does not say.
+            default_halting_loss, default_rank_variance, default_evict_while_decoding, default_codec,
+            default_residual_window: the fields of CompressionConfig without `default_`, when the configuration does not
+            say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         streams: heads that keep less than the prompt let go of the rest while it is read, where their budgets are known
             from its length (see `cache.Streaming`); the method rates by position alone.
@@ -60,6 +61,8 @@ class Method(ABC):
     schedule_artefact: ClassVar[str | None] = None
     default_evict_while_decoding: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    default_codec: ClassVar[str | None] = None
+    default_residual_window: ClassVar[int] = 0
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

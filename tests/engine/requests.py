@@ -5,7 +5,7 @@ from collections import Counter
 
 from fastkv_vllm.config import CompressionConfig
 from tests.engine.harness import sampling
-from tests.engine.oracle import blocks_filled, clear, freed_blocks, make_prompts, plan_of, reference
+from tests.engine.oracle import blocks_filled, clear, freed_blocks, kept_entries, make_prompts, plan_of, reference
 from tests.engine.settings import REQUESTS
 
 LENGTHS = [1111, 700, 832, 500, 1300, 640, 901, 333, 777, 1024]
@@ -60,12 +60,12 @@ def expected_counts(engine, asked, max_tokens):
             expected["requested"] += 1
             continue
         plan = plan_of(config, len(prompt))
-        freed = freed_blocks(plan, reference(engine.checkpoint, config, prompt, max_tokens))
-        kept = (plan.num_whole_blocks - freed) * plan.block_size + plan.num_tail
+        generation = reference(engine.checkpoint, config, prompt, max_tokens)
+        freed = freed_blocks(plan, generation)
         figures = {
             "requests_compressed": 1,
             "prompt_tokens_seen": len(prompt),
-            "prompt_tokens_kept": kept,
+            "prompt_tokens_kept": kept_entries(plan, generation),
             "blocks_freed": freed,
             "decode_blocks_freed": blocks_filled(len(prompt), len(prompt) + max_tokens) if plan.evicts else 0,
         }

@@ -48,6 +48,20 @@ RAGGED = {
     "fastkv-halting": ("fastkv", HALTING | {"tsp_layer": 3, "tsp_ratio": 0.7}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
+# Name -> method and configuration of entries stored by a codec.
+ENCODED = {
+    "snapkv-int8": ("snapkv", SMALL | {"codec": "int8"}),
+    "snapkv-int4": ("snapkv", SMALL | {"codec": "int4", "retention_ratio": 0.5, "residual_window": 40}),
+    "fastkv-fp8": ("fastkv", TSP | {"codec": "fp8"}),
+    "adakv-int2": ("adakv", SMALL | {"codec": "int2"}),
+    "h2o-kivi2": ("h2o", SMALL | {"codec": "kivi2"}),
+    "fastkv-pyramid-adaptive-kivi4": (
+        "fastkv",
+        TSP | {"layer_budgets": "pyramid", "head_budgets": "adaptive", "codec": "kivi4"},
+    ),
+    "dbudgetkv-int4": ("dbudgetkv", HALTING | {"codec": "int4"}),
+    "streamingllm-whole-kivi4": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "codec": "kivi4"}),
+}
 # Name -> method and configuration of requests that are served together.
 REQUESTS = {
     "fastkv": ("fastkv", TSP),
@@ -69,5 +83,6 @@ REQUESTS = {
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
     "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
+    "snapkv-int8": ("snapkv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

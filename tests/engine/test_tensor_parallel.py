@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.harness import LOGPROB_TOLERANCE, logprobs_of
-from tests.engine.oracle import reference
+from tests.engine.harness import logprobs_of
+from tests.engine.oracle import reference, tolerance
 from tests.engine.settings import EXACT
 from tests.engine.test_kept import positions_of
 
@@ -25,7 +25,7 @@ def test_two_ranks_agree_with_one(start, checkpoint, name):
     with engine.step_tokens(200):
         (one,) = engine.check([prompt], max_tokens=8)
     assert two["tokens"] == list(one.outputs[0].token_ids)
-    assert max(abs(a - b) for a, b in zip(two["logprobs"], logprobs_of(one), strict=True)) < LOGPROB_TOLERANCE
+    assert max(abs(a - b) for a, b in zip(two["logprobs"], logprobs_of(one), strict=True)) < tolerance(None)
 
     expected = reference(checkpoint, engine.config, prompt, 8)
     assert len(two["selections"]) == 2

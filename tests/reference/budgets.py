@@ -35,7 +35,7 @@ def kept_counts(
     num_layers, num_heads = len(scores), scores[0].shape[0]
     if drop.block_size is None:
         return [[drop.num_kept] * num_heads] * num_layers
-    size, tail = drop.block_size, num_tokens % drop.block_size
+    size, tail = drop.block_size, drop.tail(num_tokens)
     mean = (drop.num_kept - tail) // size
     forced = drop.num_forced(num_tokens - tail)
     least = (forced + 1 + size - 1) // size
@@ -96,7 +96,7 @@ def halt(
         scores, positions, num_tokens: see `kept_counts`.
         attention: of the last query in each layer, [Hq, n].
     """
-    tail = num_tokens % drop.block_size
+    tail = drop.tail(num_tokens)
     forced = drop.num_forced(num_tokens - tail)
     halted = []
     for row, *layer in zip(counts, scores, positions, attention, strict=True):

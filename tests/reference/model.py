@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.reference.budgets
+import tests.reference.codecs
 import tests.reference.eviction
 import tests.reference.streaming
 from tests.reference.images import image_rows
@@ -178,6 +179,8 @@ class ReferenceModel:
                 ratings = [head[entries] for head, entries in zip(scores, own, strict=True)] if held else scores
                 stay = [_select(*head, drop) for head in zip(ratings, own, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
+                if drop.codec is not None:
+                    _store(layer, stay, drop)
                 if layer.votes:
                     layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
@@ -327,6 +330,14 @@ def _select(scores: Tensor, positions: Tensor, count: int, drop: Drop) -> Tensor
 def _take(cache: Sequence[Tensor], positions: Tensor, stay: Sequence[Tensor]) -> list[Tensor]:
     """Entries that stay of each head: caches [n, D] of rows at positions [n], stay [K] -> [K, D]."""
     return [head[torch.searchsorted(positions, chosen)] for head, chosen in zip(cache, stay, strict=True)]
+
+
+def _store(layer: _Layer, stay: Sequence[Tensor], drop: Drop) -> None:
+    """Put into each head's cache what its codec gives back of the entries that stay at positions [K]."""
+    for head, positions in enumerate(stay):
+        n = int((positions < drop.encoded_to).sum())
+        parts = tests.reference.codecs.stored(drop.codec, layer.keys[head][:n], layer.values[head][:n])
+        layer.keys[head][:n], layer.values[head][:n] = parts
 
 
 def _refuse_unsupported(config: dict) -> None:

@@ -45,6 +45,8 @@ class Drop:
         held in multiples of it when the prompt ended; None: what is generated stays.
     num_recent: last entries that always stay then.
     stream_period: where heads let go of entries while a prompt is read, the tokens between two times; see `streaming`.
+    codec: how the entries that stay are stored, but for those from encoded_to on; None: as they are.
+    encoded_to: prompt position; set with a codec.
     """
 
     method: str
@@ -72,6 +74,8 @@ class Drop:
     stream_period: int | None = None
     rank_variance: float | None = None
     min_tsp_layer: int | None = None
+    codec: str | None = None
+    encoded_to: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
@@ -87,6 +91,10 @@ class Drop:
                 raise ValueError(f"layers of cuts must rise and their rows must not; got {self.cuts}")
         if self.cuts and not self.has_scores:
             raise ValueError(f"cuts need a method with scores; got {self.method!r}")
+
+    def tail(self, num_tokens: int) -> int:
+        """Tokens after the last whole block that entries are moved out of."""
+        return num_tokens % self.block_size if self.codec is None else num_tokens - self.encoded_to
 
     @property
     def has_scores(self) -> bool:

@@ -1,0 +1,17 @@
+"""How kept entries are stored in fewer bytes, one file each; importing this package fills the list."""
+
+from fastkv_vllm.codecs.affine import AffineCodec
+from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.codecs.fp8 import Float8Codec
+from fastkv_vllm.codecs.kivi import KiviCodec
+
+CODECS: dict[str, Codec] = {
+    "fp8": Float8Codec(),
+    "int8": AffineCodec(8),
+    "int4": AffineCodec(4),
+    "int2": AffineCodec(2),
+    "kivi4": KiviCodec(4),
+    "kivi2": KiviCodec(2),
+}
+
+__all__ = ["CODECS", "AffineCodec", "Codec", "EntryShape", "Float8Codec", "KiviCodec"]

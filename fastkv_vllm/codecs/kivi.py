@@ -1,0 +1,47 @@
+"""kivi4, kivi2: keys by channel, values by token."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fastkv_vllm.codecs.base import Codec
+from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
+
+
+@dataclass(frozen=True)
+class KiviCodec(Codec):
+    """Keys: 32 tokens of a channel share minimum and step. Values: 32 channels of a token do.
+
+    A few channels of the keys are large in all tokens, so that a group across channels wastes its codes on them.
+
+    Source: arXiv 2402.02750, section 3. The 32 tokens are neighbours among those that stay, all of one request.
+
+    Fields:
+        num_bits: of a code.
+    """
+
+    source: ClassVar[str] = "arXiv 2402.02750, section 3"
+    group_size: ClassVar[int] = 32
+    channels: ClassVar[int] = 32
+
+    num_bits: int
+
+    def num_bytes(self, head_dim: int) -> int:
+        if head_dim % self.channels:
+            raise ValueError(f"heads must have a multiple of {self.channels} channels; got {head_dim}")
+        of_keys = head_dim * group_bytes(self.group_size, self.num_bits)
+        return of_keys + self.group_size * (head_dim // self.channels) * group_bytes(self.channels, self.num_bits)
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        by_channel = keys.unflatten(0, (-1, self.group_size)).transpose(1, 2)  # [g, D, 32]
+        by_token = values.view(-1, self.group_size, values.shape[1] // self.channels, self.channels)
+        parts = [quantise(groups, self.num_bits).flatten(1) for groups in (by_channel, by_token)]
+        return torch.cat(parts, dim=1)
+
+    def decode(self, data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        of_keys = head_dim * group_bytes(self.group_size, self.num_bits)
+        by_channel = data[:, :of_keys].unflatten(1, (head_dim, -1))
+        by_token = data[:, of_keys:].unflatten(1, (self.group_size, head_dim // self.channels, -1))
+        keys = dequantise(by_channel, self.num_bits).transpose(1, 2).flatten(0, 1)
+        return keys, dequantise(by_token, self.num_bits).flatten(2).flatten(0, 1)

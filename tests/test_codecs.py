@@ -1,0 +1,98 @@
+"""Codecs: what comes back is the reference's, bit for bit, in the bytes promised."""
+
+import pytest
+import torch
+
+from fastkv_vllm.codecs import CODECS, EntryShape
+from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
+from tests.reference.codecs import stored
+
+each_codec = pytest.mark.parametrize("name", CODECS)
+
+
+def entries(num: int, head_dim: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys with a few large channels, as models have them, and values; some rows are all alike."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, num, head_dim, generator=generator)
+    keys[:, ::7] = keys[:, ::7] * 9 + 20
+    values[3] = 0.25
+    return keys.to(dtype), values.to(dtype)
+
+
+@each_codec
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_is_the_references(name: str, head_dim: int, dtype: torch.dtype) -> None:
+    codec = CODECS[name]
+    keys, values = entries(96, head_dim, dtype, seed=head_dim)
+    data = codec.encode(keys, values)
+    assert data.dtype == torch.uint8
+    assert list(data.shape) == [96 // codec.group_size, codec.num_bytes(head_dim)]
+    for got, want in zip(codec.decode(data, head_dim), stored(name, keys.float(), values.float()), strict=True):
+        assert torch.equal(got, want)
+
+
+@each_codec
+def test_groups_stand_for_themselves(name: str) -> None:
+    """Any group can be read without the others, so pages can be moved and shared."""
+    codec = CODECS[name]
+    keys, values = entries(128, 64, torch.float32, seed=1)
+    data = codec.encode(keys, values)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(2))
+    for whole, part in zip(codec.decode(data, 64), codec.decode(data[order], 64), strict=True):
+        groups = whole.unflatten(0, (len(data), -1))
+        assert torch.equal(part.unflatten(0, (len(data), -1)), groups[order])
+
+
+@pytest.mark.parametrize(
+    ("name", "num_entries"), [("fp8", 64), ("int8", 60), ("int4", 113), ("int2", 204), ("kivi4", 96), ("kivi2", 160)]
+)
+def test_entries_of_a_page(name: str, num_entries: int) -> None:
+    """By hand: a bf16 page of 32 entries, head size 64, has 8192 bytes; int4 takes 2 * (4 + 32) of them an entry."""
+    assert CODECS[name].page_entries(32, EntryShape(64, 2)) == num_entries
+
+
+def test_pages_that_cannot_hold_a_codec_are_refused() -> None:
+    with pytest.raises(ValueError, match="block-size must be a multiple of 32; got 16"):
+        CODECS["kivi2"].page_entries(16, EntryShape(64, 2))
+    with pytest.raises(ValueError, match="multiple of 64 channels or fewer; got 80"):
+        CODECS["int4"].page_entries(32, EntryShape(80, 2))
+    with pytest.raises(ValueError, match="multiple of 32 channels; got 80"):
+        CODECS["kivi4"].page_entries(32, EntryShape(80, 2))
+    with pytest.raises(ValueError, match="must have room for more; 32 of head size 64 fit"):
+        CODECS["fp8"].page_entries(32, EntryShape(64, 1))
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+def test_codes_are_packed_from_the_lowest_bits(num_bits: int) -> None:
+    """Whole numbers from 0 to the largest code have minimum 0 and step 1: their codes are themselves."""
+    top = 2**num_bits - 1
+    numbers = torch.tensor([0.0, top, 1, 2 % (top + 1), 3 % (top + 1), 0, top, 1])
+    data = quantise(numbers, num_bits)
+    assert len(data) == group_bytes(8, num_bits) == 4 + num_bits
+    assert data[:4].view(torch.float16).tolist() == [0.0, 1.0]
+    expected = sum(int(n) << (i * num_bits) for i, n in enumerate(numbers.tolist()))
+    assert int.from_bytes(bytes(data[4:].tolist()), "little") == expected
+    assert torch.equal(dequantise(data, num_bits), numbers)
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+def test_error_is_half_a_step(num_bits: int) -> None:
+    numbers = torch.randn(500, 64, generator=torch.Generator().manual_seed(3)) * 30
+    step = (numbers.amax(1) - numbers.amin(1)) / (2**num_bits - 1)
+    error = (dequantise(quantise(numbers, num_bits), num_bits) - numbers).abs().amax(1)
+    # Minimum and step are float16: 2^-11 of themselves, the step's error as often as the code is high.
+    slack = (numbers.abs().amax(1) + step * 2**num_bits) * 2**-11
+    assert bool((error <= step / 2 + slack).all())
+    assert bool((error > step / 4).any()), "the bound would hold for codes twice as fine"
+
+
+def test_bad_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="2, 4, 8 bits; got 3"):
+        quantise(torch.zeros(8), 3)
+    with pytest.raises(ValueError, match="fill whole bytes; got 3 codes of 4 bits"):
+        quantise(torch.zeros(3), 4)
+    with pytest.raises(ValueError, match="uint8"):
+        dequantise(torch.zeros(8), 4)
+    with pytest.raises(ValueError, match="impl must be one of reference; got 'triton'"):
+        quantise(torch.zeros(8), 4, impl="triton")
