@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.environment import describe_command, describe_environment
 from benchmarks.prompts import PROTOCOLS, Prompt, PromptBuilder
@@ -36,7 +37,8 @@ from benchmarks.server import BLOCK_SIZE, Server, sample_value, serve
 from benchmarks.suites import SUITES, make_suite
 from benchmarks.table import format_table
 from fastkv_vllm.cache import PromptPlan
-from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.codecs import EntryShape
+from fastkv_vllm.config import NO_CODEC, CompressionConfig
 from fastkv_vllm.methods import method_names
 
 CONCURRENCY = 4
@@ -44,12 +46,16 @@ NUM_DEPTHS = 10  # rows of a needle map
 QUICK = {"tasks": "niah,mk,mv", "lengths": "1024", "n": 24}
 
 
+SMALL_MODEL = EntryShape(head_dim=64, itemsize=2)
+
+
 @dataclass(frozen=True)
 class Contender:
-    """What is served: a method with its settings, or plain vLLM with none."""
+    """What is served: a method with its settings, or plain vLLM with none; `entry` is of the model's cache."""
 
     method: str
     config: dict[str, Any]
+    entry: EntryShape = SMALL_MODEL
 
     @property
     def is_plain(self) -> bool:
@@ -59,7 +65,14 @@ class Contender:
     def name(self) -> str:
         if self.is_plain:
             return self.method
-        return f"{self.method} {self.retention_ratio:.2g}" + (", measured" if "layer_shares" in self.config else "")
+        more = ", measured" if "layer_shares" in self.config else ""
+        return f"{self.method} {self.retention_ratio:.2g}{more}" + (f" {codec}" if (codec := self.codec) else "")
+
+    @property
+    def codec(self) -> str | None:
+        """How what stays is stored, where not as it is."""
+        codec = self.config.get("codec", NO_CODEC)
+        return None if codec == NO_CODEC else codec
 
     @property
     def retention_ratio(self) -> float | None:
@@ -183,7 +196,7 @@ def count_compressed(contender: Contender, num_compressed: Sequence[int]) -> int
     if contender.is_plain:
         return 0
     config = CompressionConfig.from_mapping(contender.method, contender.config)
-    return sum(isinstance(config.plan(n, BLOCK_SIZE), PromptPlan) for n in num_compressed)
+    return sum(isinstance(config.plan(n, BLOCK_SIZE, entry=contender.entry), PromptPlan) for n in num_compressed)
 
 
 def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -305,18 +318,28 @@ def main() -> None:
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
-    """Plain vLLM once, each method at each ratio, measured shares at their own."""
+    """Plain vLLM once, each method at each ratio with each codec, measured shares at their own."""
     made = []
+    entry = SMALL_MODEL if args.model is None else entry_of(args.model)
     for method in args.methods.split(","):
         if method == PLAIN:
             made.append(Contender(PLAIN, {}))
             continue
         settings = {**(tiny_model_config(method) if args.model is None else {}), **args.config.get(method, {})}
         if "layer_shares" in settings:  # the ratio follows
-            made.append(Contender(method, settings))
+            made.append(Contender(method, settings, entry))
             continue
-        made += [Contender(method, {**settings, "retention_ratio": float(r)}) for r in args.ratios.split(",")]
+        codecs = [{} if codec == NO_CODEC else {"codec": codec} for codec in args.codecs.split(",")]
+        ratios = [{"retention_ratio": float(ratio)} for ratio in args.ratios.split(",")]
+        made += [Contender(method, {**settings, **ratio, **codec}, entry) for codec in codecs for ratio in ratios]
     return made
+
+
+def entry_of(model: Path) -> EntryShape:
+    """An entry of the cache of a checkpoint served in its own dtype."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return EntryShape(head_dim, (config.dtype or torch.float32).itemsize)
 
 
 def parse_args() -> argparse.Namespace:
@@ -327,6 +350,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="directory of the suite's files")
     parser.add_argument("--methods", default=",".join([PLAIN, *method_names()]), help="comma-separated")
     parser.add_argument("--ratios", default="0.1", help="retention ratios, comma-separated")
+    parser.add_argument("--codecs", default=NO_CODEC, help="how what stays is stored, comma-separated")
     parser.add_argument(
         "--config", type=json.loads, default={}, help='more settings: \'{"fastkv": {"tsp_layer": 15}}\''
     )
