@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.codecs import EntryShape
@@ -606,3 +608,46 @@ def test_plan_turns_ratios_and_counts_into_entries() -> None:
     assert isinstance(several, PromptPlan) and several.cuts == ((2, 640), (4, 384), (5, 256))
     assert CompressionConfig("streamingllm").plan(1280, 32) == PromptPlan(1280, 32, 4, (), 8, 8, 4, 8, evicts=True)
     assert make().plan(511, 32) is LeftAlone.SHORT
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kernel_size": 1025}, "kernel_size must be at most 1023; got 1025"),
+        ({"budget": 2**31}, r"budget must be less than 2\^31; got"),
+        ({"head_beta": 10**400}, r"head_beta must be less than 2\^31; got"),
+        ({"tsp_layer": 3, "tsp_tokens": [10**400]}, "tsp_tokens must be an integer >= 1"),
+        ({"head_budgets": "importance", "head_weights": [[10**400]]}, "head_weights must be the path"),
+    ],
+)
+def test_numbers_too_large_to_work_with_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**given)
+
+
+EDGES = st.sampled_from(
+    [0, 1, -1, 7, 256, 1023, 2**31, 10**400, 0.1, 0.5, 1e-300, math.nan, math.inf, True, "", "\ud800"]
+)
+SCALARS = st.none() | EDGES | st.integers() | st.floats() | st.text(max_size=5)
+CHOICES = st.sampled_from(["uniform", "pyramid", "density", "adaptive", "importance", "retrieval", "max", "avg"])
+ANY_JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(method_names()), st.dictionaries(st.sampled_from(KEYS), ANY_JSON | CHOICES, max_size=4) | ANY_JSON
+)
+def test_any_json_is_a_configuration_or_one_clear_error(method: str, mapping: Any) -> None:
+    """What is accepted can be used: for a model, for a prompt of any length, and on its way to another process."""
+    try:
+        config = CompressionConfig.from_mapping(method, mapping)
+        for num_tokens in (1, 31, 600, 4000):
+            config.plan(num_tokens, 32)
+        assert CompressionConfig(**config.to_mapping()) == config
+        if not isinstance(config.head_weights, str) and not isinstance(config.layer_shares, str):
+            filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=4096)
+            filled.plan(4000, 32)
+    except ValueError as error:
+        assert str(error).startswith("kv_compression_config") and "\n" not in str(error)

@@ -87,7 +87,7 @@ class _CheckTogether(argparse.Action):
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number or brackets without end are none
         raise argparse.ArgumentTypeError(f"must be a JSON object and is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object; got {text}")

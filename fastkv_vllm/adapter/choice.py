@@ -30,6 +30,8 @@ _INSTEAD = {
 }
 _FILES = ("head_weights", "layer_shares")  # settings that may be files
 _REMEMBERED = 128
+# Queries that may vote at a request's wish, where the server's own setting is not more: their scores take memory.
+WIDEST_WINDOW = 256
 
 
 class Choice:
@@ -81,7 +83,8 @@ class Choice:
         try:
             return self._make(method, settings, json.dumps(flat))
         except ValueError as error:
-            raise VLLMValidationError(f"this request cannot be compressed as it asks: {error}") from error
+            reason = str(error).encode(errors="backslashreplace").decode()  # a key may hold half a surrogate pair
+            raise VLLMValidationError(f"this request cannot be compressed as it asks: {reason}") from error
 
     def require_servable(self, processed_inputs: Any, params: Any) -> None:
         """Refuse a request before anything of it is scheduled.
@@ -105,10 +108,10 @@ class Choice:
     def _make_uncached(self, method: str, text: str, flat: str) -> CompressionConfig | None:
         try:
             settings = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{SETTINGS} must be a JSON object; got {text!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{SETTINGS} must be a JSON object; got {_shown(text)}") from error
         if not isinstance(settings, dict):
-            raise ValueError(f"{SETTINGS} must be a JSON object; got {text!r}")
+            raise ValueError(f"{SETTINGS} must be a JSON object; got {_shown(text)}")
         alone: dict[str, Any] = json.loads(flat)
         twice = sorted(settings.keys() & alone)
         if twice:
@@ -128,6 +131,9 @@ class Choice:
                 f"{method} lets rows wait between chunks, and the server, started with {self.default.method}, has set "
                 "no memory aside for them; start it with --kv-compression fastkv"
             )
+        widest = max(self.default.window_size, WIDEST_WINDOW)
+        if config.window_size > widest:
+            raise ValueError(f"window_size of a request must be at most {widest}; got {config.window_size}")
         lines = conflicts_of_method(self._vllm_config, config)
         if lines:
             raise ValueError("; ".join(lines))
@@ -164,6 +170,11 @@ def entry_shape(vllm_config: VllmConfig) -> EntryShape:
     """An entry of the cache that an engine of this configuration has."""
     model = vllm_config.model_config
     return EntryShape(model.get_head_size(), model.dtype.itemsize)
+
+
+def _shown(text: str) -> str:
+    """The start of what a client sent, for an error's sentence."""
+    return repr(text if len(text) <= 100 else text[:100] + "...")
 
 
 def _as_flag(value: Any) -> Any:

@@ -42,6 +42,8 @@ def complete(config: "CompressionConfig") -> None:
 
 
 def _check_numbers(config: "CompressionConfig") -> None:
+    for name, value in vars(config).items():
+        check(not isinstance(value, int) or abs(value) < 2**31, name, "less than 2^31", config)
     check_only_one(config, "retention_ratio", "budget")
     check_only_one(config, "tsp_ratio", "tsp_tokens")
     check(config.retention_ratio is None or is_share(config.retention_ratio), "retention_ratio", "in (0, 1]", config)
@@ -50,6 +52,7 @@ def _check_numbers(config: "CompressionConfig") -> None:
         allowed = is_int(value) and value >= low
         check(allowed or (value is None and name in OPTIONAL), name, f"an integer >= {low}", config)
     check(config.kernel_size % 2 == 1, "kernel_size", "odd", config)
+    check(config.kernel_size <= WIDEST_KERNEL, "kernel_size", f"at most {WIDEST_KERNEL}", config)
     check(config.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", config)
     check(config.min_tokens > config.window_size, "min_tokens", f"more than window_size = {config.window_size}", config)
 
@@ -220,11 +223,15 @@ LOWEST = {
 }
 
 
+WIDEST_KERNEL = 1023  # entries; pooling's work grows with it
+
+
 OPTIONAL = {"budget", "num_sink", "min_tsp_layer", "residual_window", "max_tsp_tokens"}
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer that fits the 32 bits of counts and indices."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

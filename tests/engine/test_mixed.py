@@ -154,6 +154,10 @@ REFUSED = {
     "file": ({"kv_compression": "headkv", "kv_compression_config": {"head_weights": "/etc/passwd"}}, "server's matter"),
     "memory": ({"kv_compression_config": {"max_tsp_tokens": 99999}}, "the server's matter; leave out max_tsp_tokens"),
     "weights": ({"kv_compression": "headkv"}, "head_weights must be given for head_budgets 'importance'"),
+    "deep": ({"kv_compression_config": "[" * 10**5}, "kv_compression_config must be a JSON object; got "),
+    "digits": ({"kv_compression_config": "1" * 5000}, "kv_compression_config must be a JSON object; got "),
+    "surrogate": ({"kv_compression_config": '{"\\ud800": 1}'}, r"unknown key \\ud800"),
+    "window": ({"window_size": 257, "min_tokens": 300}, "window_size of a request must be at most 256; got 257"),
     "layers": ({"kv_compression_config": {"tsp_layer": 7}}, r"tsp_layer must be in 0\.\.6"),
 }
 
