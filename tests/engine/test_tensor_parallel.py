@@ -48,7 +48,7 @@ def run_on_two_ranks(checkpoint: Path, name: str) -> dict:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert result.returncode == 0 and lines, result.stdout[-4000:] + result.stderr[-8000:]
