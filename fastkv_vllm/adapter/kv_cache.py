@@ -187,7 +187,10 @@ class CompressingManager(FullAttentionManager):
         )
 
     def _private_blocks(self, request_id: str) -> list[KVCacheBlock]:
-        """Blocks of a compressed request that no other may read: all whole ones of its tail, which nobody writes."""
+        """Blocks of a compressed request that no other may read.
+
+        Whole blocks of its tail may be hashed and shared: nobody writes them again.
+        """
         table, nulls = self.req_to_blocks[request_id], self.null_blocks[request_id]
         if request_id not in self.ended:
             return table[nulls:]
