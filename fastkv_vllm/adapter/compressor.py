@@ -8,8 +8,9 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
-from fastkv_vllm.adapter.encoded import EncodedMove, EncodedPages, Held, grid
+from fastkv_vllm.adapter.encoded import EncodedPages, Held
 from fastkv_vllm.adapter.eviction import Evictor
+from fastkv_vllm.adapter.moving import Move, Overwrite, even_move, pages_read, uneven_moves
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
@@ -17,8 +18,6 @@ from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.codecs import CODECS
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods import DENSITY, RankWatch, density, halting_pages, kept_norms, last_attention
-
-_Move = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # cache, keys, values, slots
 
 
 class Compressor:
@@ -68,9 +67,7 @@ class Compressor:
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
         self.densities: dict[str, list[float]] = {}
-        self._moves: list[_Move] = []
-        self._page_moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # pages [n, 1, block_size, 2 * D], where to [n]
-        self._encoded: list[EncodedMove] = []
+        self._moves: list[Move] = []
 
     def use_cache(self, kv_caches: Sequence[torch.Tensor], isa: str) -> None:
         """Get to know the engine's cache.
@@ -93,8 +90,6 @@ class Compressor:
         self.halted.clear()
         self.densities.clear()
         self._moves.clear()
-        self._page_moves.clear()
-        self._encoded.clear()
 
     def forget(self, partial: frozenset[str], compressed: frozenset[str]) -> None:
         """Drop what is held for requests other than those whose prompt goes on and those with compressed pages."""
@@ -145,8 +140,8 @@ class Compressor:
             query: [T, Hq, D]; key, value: [T, H, D]: the rows of this step, roped.
             kv_cache: the layer's cache, [num_blocks, H, block_size, 2 * D], with this step's rows written.
         """
-        layout, evictor = self.layout, self.evictor
-        assert layout is not None and evictor is not None, "use_cache came first"
+        layout = self.layout
+        assert layout is not None, "use_cache came first"
         for prefill in prefills:
             if prefill.plan.reads_again and (layer != prefill.plan.first_cut or prefill.positions is not None):
                 continue  # the prompt is rated in one layer, what is read again nowhere
@@ -177,17 +172,23 @@ class Compressor:
                 kept = kept.expand(kv_cache.shape[1], -1)
                 if prefill.plan.evicts:
                     self.kept.setdefault(prefill.request_id, []).append(kept.flatten())
-                self._moves.append((kv_cache, *self._collect(prefill, kept, key, value, kv_cache, layout)))
+                self._moves.append(even_move(prefill, kept, key, value, kv_cache, layout))
         for rows in decodes:
-            with self._timed("score_us"):
-                scores = evictor.rate(rows, layer, scale, query)
-            if rows.evicts:
-                with self._timed("select_us"):
-                    stay = evictor.choose(rows, layer, scores)
-                with self._timed("compact_us"):
-                    self._moves += evictor.collect(rows, layer, stay)
+            self._evict(rows, layer, scale, query)
         if not self.scored and all(prefill.streaming is None for prefill in prefills):
             self._carry_out()
+
+    def _evict(self, rows: DecodeRows, layer: int, scale: float, query: torch.Tensor) -> None:
+        """Let rows of a compressed request vote, and where its block is full choose among its entries."""
+        evictor = self.evictor
+        assert evictor is not None, "use_cache came first"
+        with self._timed("score_us"):
+            scores = evictor.rate(rows, layer, scale, query)
+        if rows.evicts:
+            with self._timed("select_us"):
+                stay = evictor.choose(rows, layer, scores)
+            with self._timed("compact_us"):
+                self._moves += evictor.collect(rows, layer, stay)
 
     def finish(self, prefills: Iterable[PrefillRows]) -> None:
         """Share the pages of prompts with uneven budgets that ended in this step, and move their entries there.
@@ -220,18 +221,10 @@ class Compressor:
         self.evictor.begin(prefill, held, kept, sums, windows)
 
     def _carry_out(self) -> None:
-        assert self.layout is not None, "use_cache came first"
         with self._timed("compact_us"):
-            for cache, keys, values, slots in self._moves:
-                self.layout.write(cache, keys, values, slots)
-            for pages, places in self._page_moves:
-                assert self.pool is not None, "use_cache came first"
-                self.pool.cache[places] = pages
-            for move in self._encoded:
+            for move in self._moves:
                 move.carry_out()
         self._moves.clear()
-        self._page_moves.clear()
-        self._encoded.clear()
 
     def _let_go(self, prefill: PrefillRows, destination: Sequence[int]) -> None:
         """Heads keep their first and most recent pages of a prompt that came to a stop, which move to `destination`."""
@@ -239,25 +232,19 @@ class Compressor:
         assert pool is not None and streaming is not None, "only then are there stops within a prompt"
         with self._timed("compact_us"):
             num_whole = (prefill.start + prefill.count) // prefill.plan.block_size
-            pages = self._pages(prefill, pool, num_whole)
+            pages = pages_read(prefill, pool, num_whole)
             self.held[prefill.request_id], old, new = pages.let_go(streaming, pool, destination)
-            self._page_moves.append((pool.cache[old], new))
-
-    @staticmethod
-    def _pages(prefill: PrefillRows, pool: PagePool, num_whole: int) -> HeadPages:
-        """All pages that hold entries of the prompt's first blocks, before what this step moves."""
-        if prefill.held is None:
-            return HeadPages.whole(pool, prefill.blocks[:num_whole])
-        return prefill.held.with_blocks(pool, prefill.blocks[prefill.held.num_whole : num_whole])
+            self._moves.append(Overwrite(pool.cache, (new,), pool.cache[old]))
 
     def _share(self, prefill: PrefillRows, scores: list[torch.Tensor]) -> None:
         """Pages for every layer and head of one prompt, and copies of what goes there."""
         plan, pool = prefill.plan, self.pool
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
         with self._timed("select_us"):
+            by_block = None
             if prefill.held is not None:
                 assert plan.streaming is not None, "only then does an unfinished prompt hold pages of its own"
-                by_block = self._pages(prefill, pool, plan.num_whole_blocks).by_block(plan.streaming.num_sink_pages)
+                by_block = pages_read(prefill, pool, plan.num_whole_blocks).by_block(plan.streaming.num_sink_pages)
                 gone = (by_block < 0).repeat_interleave(plan.block_size, dim=2)
                 scores = [of.masked_fill(layer, -float("inf")) for of, layer in zip(scores, gone, strict=True)]
             densities = self.densities.get(prefill.request_id, ())
@@ -283,33 +270,8 @@ class Compressor:
         if blocks_for(counts) < plan.num_pages:
             self.stats.fewer_pages[prefill.request_id] = blocks_for(counts)
         with self._timed("compact_us"):
-            for layer, entries in enumerate(kept):
-                heads = torch.arange(pool.num_heads).repeat_interleave(counts[layer] * plan.block_size)
-                if prefill.held is None:
-                    pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
-                else:
-                    pages = by_block[layer, heads, entries // plan.block_size]
-                keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
-                if isinstance(held, EncodedPages):
-                    data = held.codec.encode(keys, values)
-                    self._encoded.append(EncodedMove(grid(pool, held.codec), *held.places(layer, pool), data))
-                else:
-                    slots = held.slots(layer, plan.block_size)
-                    self._moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
-                if scores[layer].shape[1] + plan.num_tail < plan.num_tokens and plan.num_tail:
-                    self._moves.append(self._tail(prefill, layer, scores[layer].shape[1]))
-
-    def _tail(self, prefill: PrefillRows, layer: int, num_seen: int) -> _Move:
-        """Rows chosen at a cut were cached densely, `num_seen` before the tail: its true slots are still empty here."""
-        pool, plan = self.pool, prefill.plan
-        assert pool is not None, "use_cache came first"
-        size, tail = plan.block_size, torch.arange(plan.num_tail)
-        rows = num_seen + tail
-        of_rows = pool.pages(prefill.blocks[rows // size])[layer]  # [H, tail]
-        keys, values = pool.layout.take(pool.cache, of_rows.flatten(), (rows % size).repeat(pool.num_heads))
-        own = pool.pages(prefill.blocks[plan.num_whole_blocks :])[layer]  # [H, blocks]
-        slots = own[:, tail // size] * size + tail % size
-        return pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots.flatten()
+            num_seen = [layer.shape[1] for layer in scores]
+            self._moves += uneven_moves(prefill, pool, held, kept, num_seen, by_block)
 
     def _keep_window(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> None:
         """Remember the queries of those voters that are in a chunk before the last."""
@@ -448,31 +410,6 @@ class Compressor:
         if self.watches[prefill.request_id].has_settled(layer, rating) or layer == last:
             return num_rows
         return plan.num_tokens if layer == plan.cut_from and prefill.start else None
-
-    @staticmethod
-    def _collect(
-        prefill: PrefillRows,
-        kept: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        layout: PageLayout,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Copies of the kept entries (keys, values [K, H, D]) and the slots they go to [K]."""
-        plan = prefill.plan
-        offsets = torch.arange(plan.block_size)
-        slots = (torch.tensor(prefill.destination).unsqueeze(1) * plan.block_size + offsets).flatten()
-        if prefill.start:
-            return *layout.gather(kv_cache, prefill.blocks, kept), slots
-        index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
-        keys, values = key[prefill.rows].gather(0, index), value[prefill.rows].gather(0, index)
-        if prefill.positions is not None and plan.num_tail:
-            # The chosen rows were cached densely; the tail's true slots are still empty in this layer.
-            tail = prefill.blocks[-1] * plan.block_size + offsets[: plan.num_tail]
-            keys = torch.cat([keys, key[prefill.rows][-plan.num_tail :]])
-            values = torch.cat([values, value[prefill.rows][-plan.num_tail :]])
-            slots = torch.cat([slots, tail])
-        return keys, values, slots
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -77,25 +77,6 @@ def grid(pool: PagePool, codec: Codec) -> torch.Tensor:
     return pages.as_strided((pages.shape[0], per_page, num_bytes), (pages.shape[1], num_bytes, 1))
 
 
-@dataclass(frozen=True)
-class EncodedMove:
-    """Entries on their way to where they are stored.
-
-    Fields:
-        grid: see `grid`.
-        pages, places: where the groups go, [groups] int64 each.
-        data: their bytes, [groups, B] uint8.
-    """
-
-    grid: torch.Tensor
-    pages: torch.Tensor
-    places: torch.Tensor
-    data: torch.Tensor
-
-    def carry_out(self) -> None:
-        self.grid[self.pages, self.places] = self.data
-
-
 class EncodedReads(HeadReads):
     """Reads of such requests, from a copy of each layer that lives while its attention runs.
 

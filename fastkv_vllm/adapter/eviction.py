@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
+from fastkv_vllm.adapter.moving import EntryMove
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.recipe import Recipe
@@ -148,10 +149,8 @@ class Evictor:
             chosen.append(stay)
         return chosen
 
-    def collect(
-        self, rows: DecodeRows, layer: int, stay: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Copies of the entries that stay and change their place: cache, keys, values [K, 1, D] each, slots [K]."""
+    def collect(self, rows: DecodeRows, layer: int, stay: Sequence[torch.Tensor]) -> list[EntryMove]:
+        """The entries that stay and change their place."""
         moves = []
         size, pool = self._block_size, self._pool
         for group, columns in zip(self.requests[rows.request_id].layers[layer], stay, strict=True):
@@ -160,7 +159,7 @@ class Evictor:
             leave, slots = columns != places, table[:, places // size] * size + places % size
             pages = table.gather(1, columns // size)[leave]
             keys, values = pool.layout.take(pool.cache, pages, columns[leave] % size)
-            moves.append((pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots[leave]))
+            moves.append(EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots[leave]))
         return moves
 
     def _score(self, state: _Decoding, group: _Heads, rows: DecodeRows, layer: int, scale: float) -> torch.Tensor:

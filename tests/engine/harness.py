@@ -23,7 +23,7 @@ from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 
 from fastkv_vllm.cache import PromptPlan  # noqa: E402
 from fastkv_vllm.config import CompressionConfig  # noqa: E402
-from tests.engine.oracle import BLOCK_SIZE, clear, plan_of, reference, tolerance  # noqa: E402
+from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference, tolerance  # noqa: E402
 from tests.reference.images import engine_prompt  # noqa: E402
 
 
@@ -174,6 +174,20 @@ class Engine:
             assert counts == expected, f"compressed, left alone, tokens seen: {counts}, expected {expected}"
         self.require_idle()
         return outputs
+
+    def abort(self, request_id: str) -> list[RequestOutput]:
+        """Abort a request and run the others to their end, then another one: the worker is told with its first step.
+
+        Returns:
+            Outputs of the others that finished.
+        """
+        llm, finished = self.llm.llm_engine, []
+        llm.abort_request([request_id])
+        self.manager.check_integrity()
+        while llm.has_unfinished_requests():
+            finished += [output for output in llm.step() if output.finished]
+        self.check(make_prompts([150], seed=1), max_tokens=2)
+        return finished
 
     def require_reference(
         self,

@@ -1,6 +1,5 @@
 """Run by test_patch_series.py in a process whose vLLM has the series in patches/: what comes out, as JSON."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from fastkv_vllm.adapter.worker import CPUCompressionWorker
+from tests.engine.child import report
 from tests.engine.harness import Engine
 from tests.engine.settings import EXACT, MIXED
 from tests.engine.test_identity import runs_of
@@ -50,27 +50,24 @@ def main(checkpoint: Path, name: str) -> None:
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, _: shadowed.append("forward" in vars(layer)))
     runs = runs_of(engine)
-    print(
-        "RESULT "
-        + json.dumps(
-            {
-                "vllm": vllm.__file__,
-                "runs": runs,
-                "asked_for_its_runner": [runner is engine.worker.model_runner for runner in made],
-                "calls_of_layers": len(shadowed),
-                "shadowed": sum(shadowed),
-                "patched": [
-                    patch_id(patch)
-                    for patch in adapter_patches()
-                    if hasattr(getattr(patch.owner, patch.name), "__fastkv_original__")
-                ],
-                "import_hooks": [type(f).__name__ for f in sys.meta_path if type(f).__module__.startswith("fastkv")],
-                "refusal": refusal(engine),
-                "typo": typo(),
-                "flags": flags(checkpoint),
-                "positional": EngineArgs(str(checkpoint)).model == str(checkpoint),
-            }
-        )
+    report(
+        {
+            "vllm": vllm.__file__,
+            "runs": runs,
+            "asked_for_its_runner": [runner is engine.worker.model_runner for runner in made],
+            "calls_of_layers": len(shadowed),
+            "shadowed": sum(shadowed),
+            "patched": [
+                patch_id(patch)
+                for patch in adapter_patches()
+                if hasattr(getattr(patch.owner, patch.name), "__fastkv_original__")
+            ],
+            "import_hooks": [type(f).__name__ for f in sys.meta_path if type(f).__module__.startswith("fastkv")],
+            "refusal": refusal(engine),
+            "typo": typo(),
+            "flags": flags(checkpoint),
+            "positional": EngineArgs(str(checkpoint)).model == str(checkpoint),
+        }
     )
     engine.close()
 

@@ -1,10 +1,10 @@
 """Run by test_tensor_parallel.py in a process of its own: two workers, what they keep and what comes out, as JSON."""
 
-import json
 import sys
 from pathlib import Path
 
 from fastkv_vllm.methods import UNIFORM
+from tests.engine.child import report
 from tests.engine.harness import Engine, logprobs_of
 from tests.engine.oracle import clear
 from tests.engine.requests import answer, filled
@@ -44,7 +44,7 @@ def main(checkpoint: Path, name: str) -> None:
         "tokens": list(output.outputs[0].token_ids),
         "logprobs": logprobs_of(output),
     }
-    print("RESULT " + json.dumps(result))
+    report(result)
     engine.close()
 
 

@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.engine.child import run
 from tests.engine.settings import EXACT
 from tests.engine.test_identity import runs_of
 
@@ -52,19 +52,9 @@ def overlay(source: Path, target: Path, copied: set[str]) -> None:
 
 @pytest.fixture(scope="module")
 def patched(tree: Path, checkpoint: Path) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.patch_series_run", str(checkpoint), NAME],
-        # A cache of its own: what vLLM remembers of a model goes by the file it is written in.
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]), "VLLM_CACHE_ROOT": str(tree / "cache")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stdout[-4000:] + done.stderr[-8000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    # A cache of its own: what vLLM remembers of a model goes by the file it is written in.
+    own = {"PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]), "VLLM_CACHE_ROOT": str(tree / "cache")}
+    return run("tests.engine.patch_series_run", str(checkpoint), NAME, env=os.environ | own)
 
 
 def test_the_series_lists_every_patch() -> None:

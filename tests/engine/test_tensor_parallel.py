@@ -1,14 +1,12 @@
 """Two ranks hold one KV head each: same tokens, same logprobs and same entries as on one rank."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.engine.child import run
 from tests.engine.harness import logprobs_of
 from tests.engine.oracle import reference, tolerance
 from tests.engine.settings import EXACT
@@ -42,14 +40,4 @@ def run_on_two_ranks(checkpoint: Path, name: str) -> dict:
         "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
     }
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.engine.tensor_parallel_run", str(checkpoint), name],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert result.returncode == 0 and lines, result.stdout[-4000:] + result.stderr[-8000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    return run("tests.engine.tensor_parallel_run", str(checkpoint), name, env=environment)

@@ -1,0 +1,149 @@
+"""Entries on their way to the pages that they stay in: copies of them, and where they are written.
+
+Sources are copied when a move is made, destinations are written when it is carried out: all moves of a step are made
+before the first is carried out, since a destination may be the source of another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fastkv_vllm.adapter.batch import PrefillRows
+from fastkv_vllm.adapter.encoded import EncodedPages, Held, grid
+from fastkv_vllm.adapter.pages import PageLayout
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool
+
+
+class Move(Protocol):
+    """Copies, and where they go."""
+
+    def carry_out(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EntryMove:
+    """Entries as they are.
+
+    Fields:
+        layout: of pages.
+        cache: [num_blocks, H, block_size, 2 * D]; changed in place.
+        keys, values: [K, H, D].
+        slots: where they go, [K] int64.
+    """
+
+    layout: PageLayout
+    cache: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+
+    def carry_out(self) -> None:
+        self.layout.write(self.cache, self.keys, self.values, self.slots)
+
+
+@dataclass(frozen=True)
+class Overwrite:
+    """Whole pages, or groups of encoded entries.
+
+    Fields:
+        target: what is changed in place.
+        index: where, [n] int64 each.
+        data: what is written there, [n, ..].
+    """
+
+    target: torch.Tensor
+    index: tuple[torch.Tensor, ...]
+    data: torch.Tensor
+
+    def carry_out(self) -> None:
+        self.target[self.index] = self.data
+
+
+def pages_read(prefill: PrefillRows, pool: PagePool, num_whole: int) -> HeadPages:
+    """All pages that hold entries of the prompt's first blocks, before what this step moves."""
+    if prefill.held is None:
+        return HeadPages.whole(pool, prefill.blocks[:num_whole])
+    return prefill.held.with_blocks(pool, prefill.blocks[prefill.held.num_whole : num_whole])
+
+
+def even_move(
+    prefill: PrefillRows,
+    kept: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layout: PageLayout,
+) -> EntryMove:
+    """The kept entries of a layer, [H, K] column numbers, to the blocks that stay, as many of each head.
+
+    Args:
+        prefill: the prompt, which ends.
+        kept: columns that stay before the tail.
+        key, value: rows of this step, [T, H, D].
+        kv_cache: the layer's cache.
+        layout: of its pages.
+    """
+    plan = prefill.plan
+    offsets = torch.arange(plan.block_size)
+    slots = (torch.tensor(prefill.destination).unsqueeze(1) * plan.block_size + offsets).flatten()
+    if prefill.start:
+        return EntryMove(layout, kv_cache, *layout.gather(kv_cache, prefill.blocks, kept), slots)
+    index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
+    keys, values = key[prefill.rows].gather(0, index), value[prefill.rows].gather(0, index)
+    if prefill.positions is not None and plan.num_tail:
+        # The chosen rows were cached densely; the tail's true slots are still empty in this layer.
+        tail = prefill.blocks[-1] * plan.block_size + offsets[: plan.num_tail]
+        keys = torch.cat([keys, key[prefill.rows][-plan.num_tail :]])
+        values = torch.cat([values, value[prefill.rows][-plan.num_tail :]])
+        slots = torch.cat([slots, tail])
+    return EntryMove(layout, kv_cache, keys, values, slots)
+
+
+def uneven_moves(
+    prefill: PrefillRows,
+    pool: PagePool,
+    held: Held,
+    kept: Sequence[torch.Tensor],
+    num_seen: Sequence[int],
+    by_block: torch.Tensor | None,
+) -> list[Move]:
+    """The kept entries of all layers to the pages that hold them from now on, and tails to their slots.
+
+    Args:
+        prefill: the prompt, which ends.
+        pool: of the engine.
+        held: where entries stay.
+        kept: of each layer, columns that stay before the tail, head after head.
+        num_seen: of each layer, columns before the tail.
+        by_block: page of each block of each layer and head, [L, H, blocks]; None: its own.
+    """
+    plan, moves = prefill.plan, list[Move]()
+    for layer, entries in enumerate(kept):
+        heads = torch.arange(pool.num_heads).repeat_interleave(held.counts[layer] * plan.block_size)
+        if by_block is None:
+            pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
+        else:
+            pages = by_block[layer, heads, entries // plan.block_size]
+        keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
+        if isinstance(held, EncodedPages):
+            moves.append(Overwrite(grid(pool, held.codec), held.places(layer, pool), held.codec.encode(keys, values)))
+        else:
+            slots = held.slots(layer, plan.block_size)
+            moves.append(EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
+        if num_seen[layer] + plan.num_tail < plan.num_tokens and plan.num_tail:
+            moves.append(_tail_move(prefill, pool, layer, num_seen[layer]))
+    return moves
+
+
+def _tail_move(prefill: PrefillRows, pool: PagePool, layer: int, num_seen: int) -> EntryMove:
+    """Rows chosen at a cut were cached densely, `num_seen` before the tail: its true slots are still empty here."""
+    plan = prefill.plan
+    size, tail = plan.block_size, torch.arange(plan.num_tail)
+    rows = num_seen + tail
+    pages = pool.pages(prefill.blocks[rows // size])[layer]  # [H, tail]
+    keys, values = pool.layout.take(pool.cache, pages.flatten(), (rows % size).repeat(pool.num_heads))
+    own = pool.pages(prefill.blocks[plan.num_whole_blocks :])[layer]  # [H, blocks]
+    slots = own[:, tail // size] * size + tail % size
+    return EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots.flatten())
