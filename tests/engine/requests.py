@@ -27,21 +27,30 @@ def answer(engine, names=tuple(REQUESTS), max_tokens=24, shift=0):
     for i, (method, settings) in enumerate(REQUESTS[name] for name in names):
         config = filled(method, settings)
         (prompt,) = make_prompts([LENGTHS[(i + shift) % len(LENGTHS)]], seed=i)
-        extra = {"kv_compression": method} | ({"kv_compression_config": json.dumps(settings)} if settings else {})
-        asked.append((clear(engine.checkpoint, config, prompt, max_tokens), config, extra))
+        asked.append((clear(engine.checkpoint, config, prompt, max_tokens), method, settings))
     before = counts(engine.totals)
-    outputs = engine.llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt, _, _ in asked],
-        [sampling(max_tokens, extra_args=extra) for _, _, extra in asked],
-        use_tqdm=False,
-    )
-    for (prompt, config, _), output in zip(asked, outputs, strict=True):
-        engine.require_reference(prompt, output, max_tokens, config=config)
-    engine.require_idle()
-    asked = [(prompt, config) for prompt, config, _ in asked]
+    ask(engine, asked, max_tokens)
+    asked = [(prompt, filled(method, settings)) for prompt, method, settings in asked]
     if not engine.preemptions:  # a prompt compressed again counts again
         assert counts(engine.totals) - before == expected_counts(engine, asked, max_tokens)
     return asked
+
+
+def ask(engine, asked, max_tokens):
+    """Outputs of prompts, each with its method and settings, which are those of their references."""
+    extra = [
+        {"kv_compression": method} | ({"kv_compression_config": json.dumps(settings)} if settings else {})
+        for _, method, settings in asked
+    ]
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt, _, _ in asked],
+        [sampling(max_tokens, extra_args=args) for args in extra],
+        use_tqdm=False,
+    )
+    for (prompt, method, settings), output in zip(asked, outputs, strict=True):
+        engine.require_reference(prompt, output, max_tokens, config=filled(method, settings))
+    engine.require_idle()
+    return outputs
 
 
 def counts(totals):
