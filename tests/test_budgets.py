@@ -1,12 +1,15 @@
 """Budgets: pages are shared by whom most is missing, never lost, within their bounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastkv_vllm.adapter.encoded import stored_pages
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, TableCache
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, TableCache, blocks_for
 from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.page_tables import page_tables
@@ -61,6 +64,28 @@ def test_pages_add_up(layers: str, heads: str, num_tokens: int) -> None:
         assert rising == sorted(rising) and rising[0] < rising[-1]
     if layers == "pyramid":
         assert pages.sum(dim=1).tolist() == sorted(pages.sum(dim=1).tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("layers", ["uniform", "pyramid"])
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.6])
+def test_no_rank_needs_more_blocks_than_the_plan_has(num_ranks: int, layers: str, ratio: float) -> None:
+    """The first head is wanted only by its rank: as uneven as can be."""
+    config = CompressionConfig("snapkv", retention_ratio=ratio, layer_budgets=layers, head_budgets="adaptive")
+    plan = replace(config.plan(1001, BLOCK_SIZE), num_ranks=num_ranks)
+    scores = [torch.full((4, 1001 - plan.num_tail), 1e-3).index_fill(0, torch.arange(4 // num_ranks), 1.0)] * NUM_LAYERS
+    options = replace(config.make_allocator().options, head_floor=0.0)
+    pages = replace(config.make_allocator(), options=options).pages(plan, scores, 4)
+    needed = [blocks_for(part) for part in pages.chunk(num_ranks, dim=1)]
+    assert max(needed) <= plan.num_stored_blocks <= plan.num_whole_blocks
+    assert plan.num_freed_blocks == plan.num_whole_blocks - plan.num_stored_blocks
+    encoded = replace(plan, page_entries=40)
+    stored = [blocks_for(stored_pages(encoded, part)) for part in pages.chunk(num_ranks, dim=1)]
+    assert max(stored) <= encoded.num_stored_blocks <= plan.num_whole_blocks
+    if num_ranks == 1:
+        assert needed == [plan.num_stored_blocks] == [plan.num_pages]
+    elif layers == "uniform":
+        assert max(needed) == plan.num_stored_blocks, "the bound is met"
 
 
 def test_layers_get_the_mean_by_their_density_within_its_bounds() -> None:

@@ -58,7 +58,7 @@ def composition_table() -> str:
             if config.evict_while_decoding
             else "if asked to",
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
-            "any" if is_even else "1",
+            "any" if is_even else "up to the KV heads",
             "needed"
             if cls.head_budgets in MODEL_BUDGETS
             else "TSP layer"

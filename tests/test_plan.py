@@ -1,5 +1,6 @@
 """The arithmetic of budgets: what `plan_prompt` promises about blocks, entries and rows."""
 
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -173,6 +174,7 @@ def test_peak_is_what_a_growing_request_holds(arguments: dict[str, Any], num_ans
     st.lists(st.lists(st.floats(0, 1), min_size=2, max_size=2), min_size=3, max_size=3),
     st.booleans(),
     st.integers(0, 400),
+    st.sampled_from([1, 2]),
 )
 @settings(max_examples=300, derandomize=True, deadline=None)
 def test_heads_let_go_at_stops(
@@ -184,8 +186,12 @@ def test_heads_let_go_at_stops(
     weights: list[list[float]],
     evicts: bool,
     num_answer: int,
+    num_ranks: int,
 ) -> None:
-    """Pages read one after the other and let go at stops: blocks have room for them, none is taken back; the peak."""
+    """Pages read one after the other and let go at stops: blocks have room for them, none is taken back; the peak.
+
+    On two ranks with a head each, blocks have room for the pages of the rank with the most.
+    """
     weights[0][0] = 1.0  # not all are 0
     config = CompressionConfig(
         "duoattention",
@@ -199,6 +205,7 @@ def test_heads_let_go_at_stops(
     plan = config.plan(num_tokens, block_size)
     assume(isinstance(plan, PromptPlan))
     assert plan.streaming is not None
+    plan = replace(plan, num_ranks=num_ranks)
     most = [pages for layer in plan.streaming.pages for pages in layer]
     period = ceil(streaming_tokens / block_size)
     assert min(most) > ceil(num_sink / block_size)
@@ -210,14 +217,18 @@ def test_heads_let_go_at_stops(
             stops.append(read * block_size)
             held = list(map(min, held, most))
             assert plan.streaming.counts(read) == [held[:2], held[2:4], held[4:]]
-            assert sum(held) <= 6 * plan.num_blocks_at(stops[-1]) < sum(held) + 6
+            of_ranks = [ceil(sum(held[rank::num_ranks]) * num_ranks / 6) for rank in range(num_ranks)]
+            assert plan.num_blocks_at(stops[-1]) == max(of_ranks)
             assert plan.num_blocks_at(stops[-1]) <= blocks, "blocks would have to be taken"
             blocks = plan.num_blocks_at(stops[-1])
     assert plan.stops == (*stops, num_tokens)
-    assert plan.num_pages <= blocks and plan.num_blocks_at(num_tokens) == plan.num_pages
+    left = plan.num_blocks_at(num_tokens)
+    pages = config.make_allocator().model_pages(plan, [plan.num_whole_blocks] * 3)
+    assert max(ceil(sum(pages[rank::num_ranks]) * num_ranks / 6) for rank in range(num_ranks)) <= left <= blocks
+    assert num_ranks > 1 or left == plan.num_pages
     assert plan.peak_tokens(num_tokens) == peak
     later = num_tokens + num_answer - plan.num_freed_blocks * block_size
-    later = min(later, (plan.num_pages + 1) * block_size) if evicts else later
+    later = min(later, (left + 1) * block_size) if evicts else later
     assert num_answer == 0 or plan.peak_tokens(num_tokens + num_answer) == max(peak, later)
     chunks, read = [], 0
     while read < num_tokens:

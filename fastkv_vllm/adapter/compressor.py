@@ -8,11 +8,12 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
-from fastkv_vllm.adapter.encoded import EncodedPages, Held
+from fastkv_vllm.adapter.encoded import EncodedPages, Held, stored_pages
 from fastkv_vllm.adapter.eviction import Evictor
 from fastkv_vllm.adapter.moving import Move, Overwrite, even_move, pages_read, uneven_moves
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
+from fastkv_vllm.adapter.ranks import rank_of, shared_pages
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.codecs import CODECS
@@ -232,8 +233,9 @@ class Compressor:
         assert pool is not None and streaming is not None, "only then are there stops within a prompt"
         with self._timed("compact_us"):
             num_whole = (prefill.start + prefill.count) // prefill.plan.block_size
+            ours = streaming.of_rank(rank_of(prefill.plan), prefill.plan.num_ranks)
             pages = pages_read(prefill, pool, num_whole)
-            self.held[prefill.request_id], old, new = pages.let_go(streaming, pool, destination)
+            self.held[prefill.request_id], old, new = pages.let_go(ours, pool, destination)
             self._moves.append(Overwrite(pool.cache, (new,), pool.cache[old]))
 
     def _share(self, prefill: PrefillRows, scores: list[torch.Tensor]) -> None:
@@ -247,10 +249,14 @@ class Compressor:
                 by_block = pages_read(prefill, pool, plan.num_whole_blocks).by_block(plan.streaming.num_sink_pages)
                 gone = (by_block < 0).repeat_interleave(plan.block_size, dim=2)
                 scores = [of.masked_fill(layer, -float("inf")) for of, layer in zip(scores, gone, strict=True)]
-            densities = self.densities.get(prefill.request_id, ())
-            counts = prefill.recipe.allocator.pages(plan, scores, pool.num_heads, densities)
-            if prefill.request_id in self.halted:
-                counts = counts.minimum(torch.tensor(self.halted[prefill.request_id]).unsqueeze(1))
+            densities, halted = self.densities.get(prefill.request_id, ()), self.halted.get(prefill.request_id)
+            of_all = shared_pages(prefill, scores, pool.num_heads, densities, halted)
+            if blocks_for(of_all) < plan.num_pages:
+                self.stats.fewer_pages[prefill.request_id] = blocks_for(of_all)
+            by_rank = of_all.chunk(plan.num_ranks, dim=1)
+            num_needed = max(blocks_for(stored_pages(plan, counts)) for counts in by_rank)
+            self.stats.surplus[prefill.request_id] = len(prefill.destination) - num_needed
+            counts = by_rank[rank_of(plan)]
             held: Held
             if plan.page_entries is None:
                 held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
@@ -265,10 +271,6 @@ class Compressor:
         self.held[prefill.request_id] = held
         if plan.evicts:
             self.kept[prefill.request_id] = kept
-        if surplus := len(prefill.destination) - held.num_blocks:
-            self.stats.surplus[prefill.request_id] = surplus
-        if blocks_for(counts) < plan.num_pages:
-            self.stats.fewer_pages[prefill.request_id] = blocks_for(counts)
         with self._timed("compact_us"):
             num_seen = [layer.shape[1] for layer in scores]
             self._moves += uneven_moves(prefill, pool, held, kept, num_seen, by_block)

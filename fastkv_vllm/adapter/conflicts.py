@@ -59,6 +59,11 @@ def _parallel(name: str) -> Callable[[Any], str | None]:
     )
 
 
+def _copied_heads(config: Any) -> str | None:
+    ranks, heads = config.parallel_config.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
+    return _unless(ranks <= heads, f"tensor_parallel size {ranks} for {heads} KV heads")
+
+
 def _given(name: str) -> Callable[[Any], str | None]:
     return lambda config: _unless(getattr(config, name) is None, f"a {name}")
 
@@ -143,9 +148,9 @@ CONFLICTS = (
         concerns=lambda config: config.all_queries_vote,
     ),
     Conflict(
-        "all KV heads on one rank to share a layer's budget among them",
-        _parallel("tensor_parallel_size"),
-        'use --tensor-parallel-size 1 or set "head_budgets": "uniform"',
+        "each KV head on one rank only, to share a budget among heads",
+        _copied_heads,
+        'use a --tensor-parallel-size of at most the KV heads or set "head_budgets": "uniform"',
         concerns=lambda config: config.head_budgets != "uniform",
     ),
 )

@@ -30,18 +30,12 @@ class EncodedPages:
     stored: HeadPages
     codec: Codec
 
-    @property
-    def num_blocks(self) -> int:
-        return self.stored.num_blocks
-
     @classmethod
     def share(
         cls, plan: PromptPlan, counts: torch.Tensor, codec: Codec, pool: PagePool, destination: Sequence[int]
     ) -> "EncodedPages":
         """Give each layer and head what its encoded entries need of the destination blocks, see `HeadPages.share`."""
-        assert plan.page_entries is not None, "the plan has a codec"
-        needed = -(-counts * plan.block_size // plan.page_entries)
-        stored = HeadPages.share(plan.num_whole_blocks, needed, pool, destination)
+        stored = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, destination)
         return cls(plan.num_whole_blocks, counts, stored, codec)
 
     def places(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +61,11 @@ class EncodedPages:
 
 
 Held = HeadPages | EncodedPages
+
+
+def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
+    """Pages that hold the bytes of so many pages of entries of each layer and head, [L, H]."""
+    return counts if plan.page_entries is None else -(-counts * plan.block_size // plan.page_entries)
 
 
 def grid(pool: PagePool, codec: Codec) -> torch.Tensor:

@@ -72,7 +72,6 @@ class KeptPages(Protocol):
     Fields:
         num_whole: whole blocks of the prompt; entries after them lie in the blocks of the request's own table.
         counts: pages that attention sees of each layer and head, [L, H] int64.
-        num_blocks: blocks that hold them.
     """
 
     @property
@@ -80,9 +79,6 @@ class KeptPages(Protocol):
 
     @property
     def counts(self) -> torch.Tensor: ...
-
-    @property
-    def num_blocks(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -121,10 +117,6 @@ class HeadPages:
         taken[..., : own.shape[2]] = False
         pages[taken] = spare[: int(taken.sum())]
         return cls(num_whole, counts, pages * wanted)
-
-    @property
-    def num_blocks(self) -> int:
-        return blocks_for(self.counts)
 
     @classmethod
     def whole(cls, pool: PagePool, blocks: torch.Tensor) -> "HeadPages":

@@ -175,7 +175,7 @@ class CPUCompressionRunner(CPUModelRunner):
         """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""
         held = self.compressor.held.get(request_id)
         num_whole = plan.prefills[request_id].num_whole_blocks if held is None else held.num_whole
-        kept = destination if held is None else destination[-held.num_blocks :]
+        kept = destination[self.compressor.stats.surplus.get(request_id, 0) :]
         whole = [0] * (num_whole - len(kept)) + kept
         self.requests[request_id].block_ids[0][: len(whole)] = whole
         row = self.input_batch.req_id_to_index[request_id]

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -27,6 +28,7 @@ from fastkv_vllm.adapter.step import (
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.cache import LeftAlone, PromptPlan, StepPlan
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import UNIFORM
 
 logger = logging.getLogger("vllm.fastkv")
 
@@ -171,7 +173,10 @@ class _CompressionMixin(Scheduler):
             return LeftAlone.REQUESTED
         num_tokens = context_tokens(request.sampling_params, request.num_prompt_tokens)
         num_after_image = tokens_after_image(request.mm_features, num_tokens)
-        return config.plan(num_tokens, self.manager.block_size, num_after_image, self._choice.entry)
+        plan = config.plan(num_tokens, self.manager.block_size, num_after_image, self._choice.entry)
+        if isinstance(plan, LeftAlone) or config.head_budgets == UNIFORM:
+            return plan
+        return replace(plan, num_ranks=self.vllm_config.parallel_config.tensor_parallel_size)
 
     def _fills_a_block(self, request_id: str) -> bool:
         """Whether a compressed request chooses anew after the step just scheduled."""

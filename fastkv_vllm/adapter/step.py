@@ -21,8 +21,8 @@ class WorkerStats:
     Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
     microseconds spent scoring entries, selecting those that stay (and the rows that go on), and moving them; layer ->
     prompts whose rows were cut after it; request whose prompt ended -> leading blocks of its destination that its pages
-    did not need; request whose prompt ended with fewer entries than planned -> mean pages of a layer and head, rounded
-    up.
+    did not need on any rank; request whose prompt ended with fewer entries than planned -> mean pages of a layer and
+    head, rounded up.
     """
 
     tsp_rows_in: int = 0

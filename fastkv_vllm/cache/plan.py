@@ -51,6 +51,11 @@ class Streaming:
     num_sink_pages: int
     pages: tuple[tuple[int, ...], ...]
 
+    def of_rank(self, rank: int, num_ranks: int) -> "Streaming":
+        """The same for the KV heads of one of so many ranks, which hold them in order, equally many each."""
+        width = len(self.pages[0]) // num_ranks
+        return replace(self, pages=tuple(layer[rank * width : (rank + 1) * width] for layer in self.pages))
+
     @property
     def first_stop(self) -> int:
         """Blocks read at the first stop where a head lets go of something."""
@@ -73,7 +78,7 @@ class PromptPlan:
     Fields:
         num_tokens: tokens of the prompt (P).
         block_size: tokens per block.
-        num_pages: whole pages that stay per (layer, KV head), beside the tail; also the whole blocks that stay.
+        num_pages: whole pages that stay per (layer, KV head), beside the tail.
         cuts: layers after which fewer rows go on, ascending, and how many of them, falling, forced ones included.
         window_size: last tokens that always stay.
         num_voters: last tokens whose queries vote.
@@ -89,6 +94,7 @@ class PromptPlan:
         streaming: how heads let go of entries while the prompt is read; None: all see all of it.
         residual: last tokens that stay as they are where the others are encoded.
         page_entries: encoded entries that a page has room for; None: entries are stored as they are.
+        num_ranks: ranks that hold equally many of the KV heads that share pages unevenly; 1 where heads are even.
     """
 
     num_tokens: int
@@ -106,6 +112,7 @@ class PromptPlan:
     streaming: Streaming | None = None
     residual: int = 0
     page_entries: int | None = None
+    num_ranks: int = 1
 
     @property
     def has_stash(self) -> bool:
@@ -154,16 +161,24 @@ class PromptPlan:
         return self.num_moved + self.num_tail
 
     @property
+    def most_pages(self) -> int:
+        """Most that `num_pages` can be of one rank's heads: all pages but the least of every other head."""
+        others = self.num_ranks - 1
+        most = min(self.num_pages + others * (self.num_pages - self.least_pages), self.num_whole_blocks)
+        return most if self.streaming is None else min(most, self._num_blocks_streaming(self.num_whole_blocks))
+
+    @property
     def num_stored_blocks(self) -> int:
-        """Blocks that hold the moved entries; where layers and heads round up unevenly, the most they can be."""
+        """Blocks that hold the moved entries of a rank; the most they can be, where layers and heads share unevenly."""
         if self.page_entries is None:
-            return self.num_pages
-        even = -(-self.num_moved // self.page_entries)
-        return even + 1 if self.is_ragged else even  # each layer and head may begin a page more than its share
+            return self.most_pages
+        even = -(-self.most_pages * self.block_size // self.page_entries)
+        # Each layer and head may begin a page more than its share.
+        return min(even + 1, self.num_whole_blocks) if self.is_ragged else even
 
     @property
     def num_freed_blocks(self) -> int:
-        """Blocks that return to the pool when the prompt is done."""
+        """Blocks that return to the pool when the prompt is done, at least."""
         return self.num_whole_blocks - self.num_stored_blocks
 
     def rows_after(self, num_layers: int) -> list[int]:
@@ -199,8 +214,13 @@ class PromptPlan:
         """Of them, blocks that stay."""
         if stop == self.num_tokens:
             return self.num_stored_blocks
+        return self._num_blocks_streaming(stop // self.block_size)
+
+    def _num_blocks_streaming(self, num_blocks: int) -> int:
+        """Blocks that hold what the heads of any rank do not let go of, with so many blocks read."""
         assert self.streaming is not None, "only then are there stops within the prompt"
-        return self.streaming.num_blocks(stop // self.block_size)
+        ranks = (self.streaming.of_rank(rank, self.num_ranks) for rank in range(self.num_ranks))
+        return max(streaming.num_blocks(num_blocks) for streaming in ranks)
 
     def peak_tokens(self, num_tokens: int) -> int:
         """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""
@@ -212,7 +232,7 @@ class PromptPlan:
             freed = (self.num_whole_blocks_at(stop) - self.num_blocks_at(stop)) * self.block_size
         later = num_tokens - freed
         if self.evicts:  # a block beside its pages
-            later = min(later, self.num_moved + self.block_size)
+            later = min(later, (self.num_stored_blocks + 1) * self.block_size)
         return max(peak, later)
 
 

@@ -88,7 +88,7 @@ class Allocator:
             plan: of the prompt; its mean of pages is what all layers and heads have together.
             scores: of each layer's entries before the tail, [H or 1, n_l] float32, forced ones at +inf; n_l is what
                 the layer saw, which bounds what it keeps.
-            num_heads: KV heads of a layer (H).
+            num_heads: KV heads of a layer (H), of all ranks where heads share unevenly.
             densities: of each layer, see `by_density`, where layers share by them.
 
         Returns:

@@ -74,11 +74,17 @@ def kept_entries(plan: PromptPlan, generation: Generation) -> int:
     return -(-sum(heads) // (plan.block_size * len(heads))) * plan.block_size + plan.num_tail
 
 
-def freed_blocks(plan: PromptPlan, generation: Generation) -> int:
-    """Blocks that a prompt gives back whose pages are shared as the reference has kept entries."""
-    heads = [len(head) - plan.num_tail for layer in generation.kept for head in layer]
-    pages = sum(-(-entries // (plan.page_entries or plan.block_size)) for entries in heads)
-    return plan.num_whole_blocks - -(-pages // len(heads))
+def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -> int:
+    """Blocks that a prompt gives back whose pages are shared as the reference has kept entries.
+
+    Ranks hold the heads in order, equally many; the one with the most pages decides.
+    """
+    num_heads, needed = len(generation.kept[0]) // num_ranks, []
+    for first in range(0, num_ranks * num_heads, num_heads):
+        heads = [len(head) - plan.num_tail for layer in generation.kept for head in layer[first : first + num_heads]]
+        pages = sum(-(-entries // (plan.page_entries or plan.block_size)) for entries in heads)
+        needed.append(-(-pages // len(heads)))
+    return plan.num_whole_blocks - max(needed)
 
 
 def blocks_filled(num_context: int, num_tokens: int) -> int:

@@ -70,7 +70,7 @@ def expected_counts(engine, asked, max_tokens):
             continue
         plan = plan_of(config, len(prompt))
         generation = reference(engine.checkpoint, config, prompt, max_tokens)
-        freed = freed_blocks(plan, generation)
+        freed = freed_blocks(plan, generation, engine.core.vllm_config.parallel_config.tensor_parallel_size)
         figures = {
             "requests_compressed": 1,
             "prompt_tokens_seen": len(prompt),

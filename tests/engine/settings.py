@@ -81,8 +81,8 @@ REQUESTS = {
     "dbudgetkv": ("dbudgetkv", HALTING),
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
     "lazyllm": ("lazyllm", {"min_tokens": 128, "retention_ratio": 0.4}),
-    "duoattention": ("duoattention", DUO | {"head_weights": WEIGHTS}),
+    "duoattention": ("duoattention", DUO | {"retention_ratio": 0.6, "head_weights": WEIGHTS}),
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
-    "snapkv-int8": ("snapkv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
+    "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

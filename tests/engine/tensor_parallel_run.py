@@ -3,20 +3,26 @@
 import sys
 from pathlib import Path
 
-from fastkv_vllm.methods import UNIFORM
 from tests.engine.child import report
 from tests.engine.harness import Engine, logprobs_of
-from tests.engine.oracle import clear
+from tests.engine.oracle import clear, freed_blocks, plan_of, reference
 from tests.engine.requests import answer, ask, filled
-from tests.engine.settings import EXACT, MIXED, REQUESTS
+from tests.engine.settings import ENCODED, EXACT, MIXED, RAGGED
 
 
 def record(worker):
     """Keep what is chosen from now on."""
     import fastkv_vllm.adapter.compressor as compressor
 
-    found, select = [], compressor.select
+    found, select, select_ragged = [], compressor.select, compressor.select_ragged
+
+    def recorded_ragged(scores, num_kept):
+        kept = select_ragged(scores, num_kept)
+        found.append([head.tolist() for head in kept.split(num_kept.tolist())])
+        return kept
+
     compressor.select = lambda *args: found.append(select(*args).tolist()) or select(*args)
+    compressor.select_ragged = recorded_ragged
     worker.fastkv_test_selections = found
 
 
@@ -31,7 +37,7 @@ def main(checkpoint: Path, *names: str) -> None:
     engine.llm.collective_rpc(record)
     results = {}
     for name in names:
-        method, settings = EXACT[name]
+        method, settings = (EXACT | RAGGED)[name]
         config = filled(method, settings)
         alone = clear(checkpoint, config, MIXED[1], 8)
         mixed = [clear(checkpoint, config, prompt, 36) for prompt in MIXED]
@@ -46,9 +52,17 @@ def main(checkpoint: Path, *names: str) -> None:
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": logprobs_of(output),
         }
-    configs = {name: filled(*asked) for name, asked in REQUESTS.items()}
-    # Heads that share budgets need to be on one rank.
-    answer(engine, [name for name, config in configs.items() if config is None or config.head_budgets == UNIFORM])
+    for name in ("adakv-int2", "fastkv-pyramid-adaptive-kivi4"):
+        method, settings = ENCODED[name]
+        with engine.step_tokens(200):
+            ask(engine, [(clear(checkpoint, filled(method, settings), MIXED[0], 8), method, settings)], 8)
+    slack = {
+        config.method: plan.num_whole_blocks - plan.num_pages - freed_blocks(plan, kept, num_ranks=2)
+        for prompt, config in answer(engine)
+        if config is not None
+        for plan, kept in [(plan_of(config, len(prompt)), reference(checkpoint, config, prompt, 24))]
+    }
+    assert slack["headkv"] > 0 and slack["duoattention"] > 0, f"the test needs ranks that hold unequal: {slack}"
     report(results)
     engine.close()
 

@@ -52,8 +52,8 @@ REFUSED = {
         "prompts of tokens alone, since some are read again and got --enable-prompt-embeds",
     ),
     "ranks": (
-        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "kv_compression": "adakv"},
-        "all KV heads on one rank to share a layer's budget among them and got tensor_parallel size 2",
+        {"tensor_parallel_size": 4, "distributed_executor_backend": "mp", "kv_compression": "adakv"},
+        "each KV head on one rank only, to share a budget among heads and got tensor_parallel size 4 for 2 KV heads",
     ),
 }
 # What no argument reaches on CPU: a configuration that has it.

@@ -1,0 +1,47 @@
+"""Pages that KV heads share on several ranks, which hold the heads in order, equally many each.
+
+Every rank comes to the pages of all heads, alike, and holds those of its own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
+
+from fastkv_vllm.adapter.batch import PrefillRows
+from fastkv_vllm.cache import PromptPlan
+from fastkv_vllm.methods import HEAD_BUDGETS
+
+
+def rank_of(plan: PromptPlan) -> int:
+    """Whose heads are ours of those that share pages; 0 where heads are even, on all ranks alike."""
+    return get_tensor_model_parallel_rank() if plan.num_ranks > 1 else 0
+
+
+def shared_pages(
+    prefill: PrefillRows,
+    scores: Sequence[torch.Tensor],
+    num_heads: int,
+    densities: Sequence[float],
+    halted: Sequence[int] | None,
+) -> torch.Tensor:
+    """Pages of each layer and head, [L, H], on all ranks alike: H of all ranks where heads share unevenly.
+
+    Args:
+        prefill: the prompt, which ends.
+        scores: of each layer's entries before the tail, of this rank's heads, [H or 1, n_l].
+        num_heads: KV heads of a layer on this rank.
+        densities: of each layer, where layers share by them.
+        halted: most pages of each layer by the halting rule; None: there is none.
+    """
+    plan, allocator = prefill.plan, prefill.recipe.allocator
+    if plan.num_ranks > 1 and allocator.heads in HEAD_BUDGETS:
+        scores = _of_all_ranks(scores, num_heads)
+    counts = allocator.pages(plan, scores, num_heads * plan.num_ranks, densities)
+    return counts if halted is None else counts.minimum(torch.tensor(halted).unsqueeze(1))
+
+
+def _of_all_ranks(scores: Sequence[torch.Tensor], num_heads: int) -> list[torch.Tensor]:
+    """Scores of each layer, [H or 1, n_l], -> those of the heads of all ranks in order, [ranks * H, n_l]."""
+    ours = torch.cat([layer.expand(num_heads, -1) for layer in scores], dim=1)
+    return list(tensor_model_parallel_all_gather(ours, dim=0).split([layer.shape[1] for layer in scores], dim=1))
