@@ -50,6 +50,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "evict_while_decoding": False,
         "codec": "none",
         "residual_window": None,
+        "encode_generated": False,
         "kernel_size": 7,
         "pooling": "max",
         "layer_budgets": "uniform",
@@ -236,6 +237,8 @@ BAD = [
     *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2") for value in ("int3", 4, True)],
     *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
     ("residual_window", 8, "left out without a codec"),
+    *[("encode_generated", value, "true or false") for value in (0, 1, "true", None)],
+    ("encode_generated", True, "false without a codec"),
     *[
         (name, value, r"in \(0, 1\)")
         for name in ("halting_loss", "rank_variance")
@@ -285,6 +288,32 @@ def test_a_plan_with_a_codec() -> None:
     assert isinstance(whole, PromptPlan) and (whole.num_kept, whole.num_freed_blocks) == (2048, 63 - 34)
     wide = CompressionConfig("snapkv", codec="int4", residual_window=100).plan(2001, 32, entry=EntryShape(64, 2))
     assert isinstance(wide, PromptPlan) and (wide.num_whole_blocks, wide.num_tail) == (59, 113)
+
+
+def test_room_for_what_is_encoded_later_is_in_the_plan() -> None:
+    """By hand: 2048 tokens, 100 of them in the window and 28 beside them in four blocks; 160 codes to a page.
+
+    The four blocks' codes have room from the prompt's end on; the first generated block needs none of its own before
+    2080 entries are encoded.
+    """
+    whole = {"codec": "kivi2", "retention_ratio": 1.0, "residual_window": 100, "encode_generated": True}
+    config = CompressionConfig("snapkv", **whole)
+    plan = config.plan(2048, 32, entry=EntryShape(64, 2))
+    assert isinstance(plan, PromptPlan)
+    assert (plan.num_pages, plan.num_tail, plan.num_awaited) == (60, 128, 128)
+    assert (plan.num_stored_blocks, plan.num_freed_blocks) == (13, 47)
+    lengths = [n for n in range(2048, 2400) if plan.until_next_block(n) == 32]
+    assert lengths == [2052 + 32 * i for i in range(11)]
+    assert [plan.num_code_blocks(n) for n in lengths] == [13, 13, 13, 13, 13, 14, 14, 14, 14, 14, 15]
+    assert plan.peak_tokens(2200) == 2048
+    # 1251 blocks are encoded in 251, the last one at the end of its step.
+    assert plan.peak_tokens(40132) == 40132 - (1251 - 251 - 1) * 32
+
+
+def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:
+    for method in ("adakv", "dbudgetkv"):
+        with pytest.raises(ValueError, match="encode_generated must be false where layers or heads keep differently"):
+            CompressionConfig(method, codec="int4", encode_generated=True)
 
 
 def test_a_codec_that_does_not_fit_is_refused() -> None:
@@ -644,10 +673,10 @@ def test_any_json_is_a_configuration_or_one_clear_error(method: str, mapping: An
     try:
         config = CompressionConfig.from_mapping(method, mapping)
         for num_tokens in (1, 31, 600, 4000):
-            config.plan(num_tokens, 32)
+            config.plan(num_tokens, 32, entry=EntryShape(64, 2))
         assert CompressionConfig(**config.to_mapping()) == config
         if not isinstance(config.head_weights, str) and not isinstance(config.layer_shares, str):
             filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=4096)
-            filled.plan(4000, 32)
+            filled.plan(4000, 32, entry=EntryShape(64, 2))
     except ValueError as error:
         assert str(error).startswith("kv_compression_config") and "\n" not in str(error)

@@ -10,7 +10,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
 from fastkv_vllm.adapter.encoded import EncodedPages, Held, stored_pages
 from fastkv_vllm.adapter.eviction import Evictor
-from fastkv_vllm.adapter.moving import Move, Overwrite, even_move, pages_read, uneven_moves
+from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move, pages_read, uneven_moves
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
 from fastkv_vllm.adapter.ranks import rank_of, shared_pages
@@ -190,6 +190,14 @@ class Compressor:
                 stay = evictor.choose(rows, layer, scores)
             with self._timed("compact_us"):
                 self._moves += evictor.collect(rows, layer, stay)
+
+    def encode(self, request_id: str, block: int, stays: bool) -> None:
+        """Encode another block of a compressed request when `finish` is called; see `EncodedPages.with_block`."""
+        held = self.held[request_id]
+        assert self.pool is not None and isinstance(held, EncodedPages), "only a codec encodes later blocks"
+        held = self.held[request_id] = held.with_block(self.pool, block, stays)
+        with self._timed("compact_us"):
+            self._moves.append(encoding_move(held, self.pool, block))
 
     def finish(self, prefills: Iterable[PrefillRows]) -> None:
         """Share the pages of prompts with uneven budgets that ended in this step, and move their entries there.

@@ -5,7 +5,7 @@ of groups of encoded entries. Attention reads a copy of one layer at a time, dec
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +16,10 @@ from fastkv_vllm.codecs import Codec
 
 @dataclass(frozen=True)
 class EncodedPages:
-    """Where the encoded entries of one compressed prompt lie.
+    """Where the encoded entries of one compressed request lie.
 
     Fields:
-        num_whole: whole blocks of the prompt before its tail, which is not encoded.
+        num_whole: whole blocks of the text that are encoded; those after them are not.
         counts: pages that attention sees of each layer and head, once decoded, [L, H] int64.
         stored: pages that hold the bytes.
         codec: how.
@@ -46,6 +46,18 @@ class EncodedPages:
         number = torch.arange(len(heads)) - (of_heads.cumsum(0) - of_heads)[heads]
         return self.stored.pages[layer, heads, number // per_page], number % per_page
 
+    def with_block(self, pool: PagePool, block: int, stays: bool) -> "EncodedPages":
+        """The same with the block after those encoded so far, which may become a page of each layer and head."""
+        stored = self.stored.with_blocks(pool, torch.tensor([block])) if stays else self.stored
+        return replace(self, num_whole=self.num_whole + 1, counts=self.counts + 1, stored=stored)
+
+    def last_places(self, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and place in it of each group of the last block, [L, H, groups] int64 each."""
+        per_page = grid(pool, self.codec).shape[1]
+        groups = pool.layout.block_size // self.codec.group_size
+        number = (self.counts.unsqueeze(-1) - 1) * groups + torch.arange(groups)
+        return self.stored.pages.gather(2, number // per_page), number % per_page
+
     def erase(self, pool: PagePool) -> None:
         """Leave zeros; call before another request can have the pages.
 
@@ -64,8 +76,10 @@ Held = HeadPages | EncodedPages
 
 
 def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
-    """Pages that hold the bytes of so many pages of entries of each layer and head, [L, H]."""
-    return counts if plan.page_entries is None else -(-counts * plan.block_size // plan.page_entries)
+    """Pages with room for the bytes of so many pages of entries of each layer and head, and those awaited, [L, H]."""
+    if plan.page_entries is None:
+        return counts
+    return -(-(counts * plan.block_size + plan.num_awaited) // plan.page_entries)
 
 
 def grid(pool: PagePool, codec: Codec) -> torch.Tensor:

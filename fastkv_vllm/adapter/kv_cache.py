@@ -19,7 +19,8 @@ class CompressibleSpec(FullAttentionSpec):
 
 
 class CompressingManager(FullAttentionManager):
-    """vLLM's full-attention manager plus two acts: give back surplus blocks at a prompt's stops, later full ones.
+    """vLLM's full-attention manager plus three acts: give back surplus blocks at a prompt's stops, later
+    full ones, later ones that are encoded.
 
     Positions never shift: freed prompt blocks become null blocks in the request's table, followed by the blocks
     that hold the kept pages, so all of vLLM's block arithmetic stays true.
@@ -157,6 +158,25 @@ class CompressingManager(FullAttentionManager):
             table.insert(0, self._null_block)
             self.null_blocks[rid] += 1
 
+    def encode(self, num_tokens: Mapping[str, int]) -> dict[str, bool]:
+        """Take the block that has just left the residual window from compressed requests with so many tokens.
+
+        It goes back, one null block more, or stays as a place for codes. One that other requests may read, as they may
+        whole blocks of the prompt, never stays: room for its codes was kept.
+
+        Returns:
+            Request -> whether the block stays.
+        """
+        stays = {}
+        for rid, n in num_tokens.items():
+            plan, table = self.plans[rid], self.req_to_blocks[rid]
+            stays[rid] = plan.num_code_blocks(n) > plan.num_code_blocks(n - self.block_size)
+            if not stays[rid]:
+                self.block_pool.free_blocks([table.pop(plan.num_encoded_blocks(n) - 1)])
+                table.insert(0, self._null_block)
+                self.null_blocks[rid] += 1
+        return stays
+
     def num_stash_tokens(self) -> int:
         """Prompt tokens of requests whose residual rows wait for their last chunk."""
         return sum(self.plans[rid].num_tokens for rid in self.stashing)
@@ -195,7 +215,8 @@ class CompressingManager(FullAttentionManager):
         if request_id not in self.ended:
             return table[nulls:]
         plan = self.plans[request_id]
-        whole, shared = (max(nulls, n) for n in (plan.num_whole_blocks, plan.num_tokens // plan.block_size))
+        num_whole = nulls + plan.num_stored_blocks if plan.encodes else plan.num_whole_blocks
+        whole, shared = (max(nulls, n) for n in (num_whole, plan.num_tokens // plan.block_size))
         return table[nulls:whole] + table[shared:]
 
     def _reserved_blocks(self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock]) -> int:

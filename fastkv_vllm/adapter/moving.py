@@ -137,6 +137,17 @@ def uneven_moves(
     return moves
 
 
+def encoding_move(held: EncodedPages, pool: PagePool, block: int) -> Overwrite:
+    """The entries of a block, the last that is encoded, to the places of their codes."""
+    pages = pool.pages(torch.tensor([block])).flatten()
+    num_entries = len(pages) * pool.layout.block_size
+    keys, values = (
+        read(pool.cache, pages, num_entries)[0] for read in (pool.layout.read_keys, pool.layout.read_values)
+    )
+    codes = held.codec.encode(keys, values).unflatten(0, (*held.counts.shape, -1))  # [L, H, groups, B]
+    return Overwrite(grid(pool, held.codec), held.last_places(pool), codes)
+
+
 def _tail_move(prefill: PrefillRows, pool: PagePool, layer: int, num_seen: int) -> EntryMove:
     """Rows chosen at a cut were cached densely, `num_seen` before the tail: its true slots are still empty here."""
     plan = prefill.plan

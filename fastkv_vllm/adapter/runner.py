@@ -56,6 +56,7 @@ class CPUCompressionRunner(CPUModelRunner):
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
             if self._builder.batch is not None:
+                self._encode(plan)
                 self.compressor.finish(self._builder.batch.prefills)
         finally:
             self._orders, self._tsp = None, None
@@ -64,7 +65,13 @@ class CPUCompressionRunner(CPUModelRunner):
         for request_id, destination in (*plan.destinations.items(), *plan.streaming.items()):
             self._move_blocks(request_id, destination, plan)
         for request_id in plan.evicting:
-            self._give_back(request_id)
+            self._give_back(request_id, -1)
+            held = self.compressor.held.get(request_id)
+            if held is not None:
+                self.compressor.held[request_id] = replace(held, num_whole=held.num_whole + 1)
+        for request_id, stays in plan.encoding.items():
+            if not stays:
+                self._give_back(request_id, self.compressor.held[request_id].num_whole - 1)
         self.compressor.forget(plan.partial, plan.compressed)
         return output
 
@@ -181,16 +188,20 @@ class CPUCompressionRunner(CPUModelRunner):
         row = self.input_batch.req_id_to_index[request_id]
         self.input_batch.block_table[0].block_table.np[row, : len(whole)] = whole
 
-    def _give_back(self, request_id: str) -> None:
-        """Take the last block from the request's table and put a null block before it, as the scheduler does."""
+    def _encode(self, plan: StepPlan) -> None:
+        """Encode the blocks that have left their request's residual window."""
+        for request_id, stays in plan.encoding.items():
+            held = self.compressor.held[request_id]
+            block = self.requests[request_id].block_ids[0][held.num_whole]
+            self.compressor.encode(request_id, block, stays)
+
+    def _give_back(self, request_id: str, number: int) -> None:
+        """Take a block from the request's table and put a null block before it, as the scheduler does."""
         table = self.requests[request_id].block_ids[0]
-        table.pop()
+        table.pop(number)
         table.insert(0, 0)
         row = self.input_batch.req_id_to_index[request_id]
         self.input_batch.block_table[0].block_table.np[row, : len(table)] = table
-        held = self.compressor.held.get(request_id)
-        if held is not None:
-            self.compressor.held[request_id] = replace(held, num_whole=held.num_whole + 1)
 
     def _require_our_classes(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse to serve where vLLM has built something else than what compression was written for."""

@@ -40,7 +40,8 @@ class _CompressionMixin(Scheduler):
     """Ends chunks where entries are chosen, frees in the same step the blocks that do not stay, sends the orders.
 
     Entries are chosen at the prompt's end, where heads stream at stops within it, too, and where entries are evicted
-    while decoding at each block's end after it.
+    while decoding at each block's end after it; where they are encoded then, at each block's end a residual window
+    later.
 
     `totals` counts since start-up; tests and the idle check read it. What was done for a request goes out with its last
     output, in the field that vLLM's answers have for KV transfer, which compression excludes.
@@ -76,10 +77,8 @@ class _CompressionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if request.request_id in self.manager.ended:
-            if self.manager.plans[request.request_id].evicts:
-                block_size = self.manager.block_size
-                num_new_tokens = min(num_new_tokens, block_size - num_computed_tokens % block_size)
-            return num_new_tokens
+            limit = self.manager.plans[request.request_id].until_next_block(num_computed_tokens)
+            return num_new_tokens if limit is None else min(num_new_tokens, limit)
         if num_computed_tokens >= request.num_prompt_tokens:
             return num_new_tokens
         plan = self.manager.plans.get(request.request_id) or self._plan(request)
@@ -111,9 +110,11 @@ class _CompressionMixin(Scheduler):
         destinations = {rid: blocks for rid, blocks in stayed.items() if rid in self.manager.ended}
         for rid in destinations:
             self._count_compressed(rid, prefills[rid])
-        evicting = frozenset(rid for rid in compressed.keys() - prefills.keys() if self._fills_a_block(rid))
+        giving = {rid for rid in compressed.keys() - prefills.keys() if self._gives_up_a_block(rid)}
+        evicting = frozenset(rid for rid in giving if self.manager.plans[rid].evicts)
         self.manager.evict(evicting)
-        for rid in evicting:
+        encoding = self.manager.encode({rid: self.requests[rid].num_computed_tokens for rid in giving - evicting})
+        for rid in (*evicting, *(rid for rid, stays in encoding.items() if not stays)):
             self._count_prompts(self._config(self.requests[rid]), PromptStats(decode_blocks_freed=1))
         plan = StepPlan(
             prefills=prefills,
@@ -123,6 +124,7 @@ class _CompressionMixin(Scheduler):
             partial=frozenset(self.manager.plans.keys() - self.manager.ended),
             compressed=frozenset(self.manager.null_blocks),
             evicting=evicting,
+            encoding=encoding,
             renumbered=frozenset(rid for rid in compressed if self.manager.plans[rid].reads_again),
         )
         attach_orders(scheduler_output, Orders(plan, {rid: self._config(self.requests[rid]) for rid in prefills}))
@@ -178,10 +180,10 @@ class _CompressionMixin(Scheduler):
             return plan
         return replace(plan, num_ranks=self.vllm_config.parallel_config.tensor_parallel_size)
 
-    def _fills_a_block(self, request_id: str) -> bool:
-        """Whether a compressed request chooses anew after the step just scheduled."""
+    def _gives_up_a_block(self, request_id: str) -> bool:
+        """Whether a block of a compressed request is evicted or encoded after the step just scheduled."""
         num_tokens = self.requests[request_id].num_computed_tokens
-        return self.manager.plans[request_id].evicts and num_tokens % self.manager.block_size == 0
+        return self.manager.plans[request_id].until_next_block(num_tokens) == self.manager.block_size
 
     def _settle(self, orders: Orders, stats: WorkerStats) -> None:
         """Give back what the prompts that ended in a step did not need of their budget, now that its worker knows."""

@@ -9,7 +9,9 @@ Positions of a prompt of P tokens, m = P // block_size whole blocks:
 | [forced_from, P)               | forced  | window, recent, block tail: stay, always propagate  |
 | [m * block_size, P), in forced | tail    | never moved: it lies in the last, partial block     |
 
-Where entries are stored in fewer bytes, the tail begins earlier: the last `residual` tokens lie in it, too.
+Where entries are stored in fewer bytes, the tail begins earlier: the last `residual` tokens lie in it, too. Where what
+is generated is encoded, the first block that is not follows whenever it lies before the last `residual` tokens of the
+text.
 
 Where entries are evicted while decoding, a choice of the same kind follows whenever a block after the prompt is full:
 as many entries as the kept pages hold, out of these and that block, forced ones by order instead of position.
@@ -20,7 +22,7 @@ ones and the most recent ones.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
@@ -95,6 +97,7 @@ class PromptPlan:
         residual: last tokens that stay as they are where the others are encoded.
         page_entries: encoded entries that a page has room for; None: entries are stored as they are.
         num_ranks: ranks that hold equally many of the KV heads that share pages unevenly; 1 where heads are even.
+        encodes: blocks that leave the residual window after the prompt are encoded, too.
     """
 
     num_tokens: int
@@ -113,6 +116,7 @@ class PromptPlan:
     residual: int = 0
     page_entries: int | None = None
     num_ranks: int = 1
+    encodes: bool = False
 
     @property
     def has_stash(self) -> bool:
@@ -172,9 +176,14 @@ class PromptPlan:
         """Blocks that hold the moved entries of a rank; the most they can be, where layers and heads share unevenly."""
         if self.page_entries is None:
             return self.most_pages
-        even = -(-self.most_pages * self.block_size // self.page_entries)
+        even = -(-(self.most_pages * self.block_size + self.num_awaited) // self.page_entries)
         # Each layer and head may begin a page more than its share.
         return min(even + 1, self.num_whole_blocks) if self.is_ragged else even
+
+    @property
+    def num_awaited(self) -> int:
+        """Prompt entries in whole blocks of the tail, which other requests may share: room is kept for their codes."""
+        return (self.num_tail // self.block_size) * self.block_size if self.encodes else 0
 
     @property
     def num_freed_blocks(self) -> int:
@@ -222,6 +231,22 @@ class PromptPlan:
         ranks = (self.streaming.of_rank(rank, self.num_ranks) for rank in range(self.num_ranks))
         return max(streaming.num_blocks(num_blocks) for streaming in ranks)
 
+    def until_next_block(self, num_tokens: int) -> int | None:
+        """Tokens until a compressed request gives up a block, evicted or encoded; None: it never does."""
+        if not (self.evicts or self.encodes):
+            return None
+        return self.block_size - (num_tokens - (self.residual if self.encodes else 0)) % self.block_size
+
+    def num_encoded_blocks(self, num_tokens: int) -> int:
+        """Whole blocks of a text of so many tokens before its residual window."""
+        return (num_tokens - self.residual) // self.block_size
+
+    def num_code_blocks(self, num_tokens: int) -> int:
+        """Blocks that hold the codes of such a text once it is compressed, where what is generated is encoded."""
+        assert self.page_entries is not None, "the plan has a codec"
+        later = (self.num_encoded_blocks(num_tokens) - self.num_whole_blocks) * self.block_size
+        return -(-(self.num_moved + max(later, self.num_awaited)) // self.page_entries)
+
     def peak_tokens(self, num_tokens: int) -> int:
         """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""
         peak, freed = 0, 0
@@ -233,6 +258,9 @@ class PromptPlan:
         later = num_tokens - freed
         if self.evicts:  # a block beside its pages
             later = min(later, (self.num_stored_blocks + 1) * self.block_size)
+        if self.encodes:  # a block that is encoded at the end of the step beside its codes
+            in_codes = self.num_encoded_blocks(num_tokens) - self.num_code_blocks(num_tokens) - 1
+            later = min(later, num_tokens - in_codes * self.block_size)
         return max(peak, later)
 
 
@@ -250,6 +278,8 @@ class StepPlan:
         partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
         compressed: requests that hold compressed pages after this step; workers forget all others' page tables.
         evicting: requests compressed in an earlier step whose last block is full after this one: it is given back.
+        encoding: requests compressed in an earlier step of which another block lies before the residual window after
+            this one: it is encoded, and given back or, where true, a place for codes.
         renumbered: requests compressed in an earlier step whose prompt was read again: their rows follow the short one,
             at positions as much lower as the null blocks have slots.
     """
@@ -261,6 +291,7 @@ class StepPlan:
     partial: frozenset[str]
     compressed: frozenset[str]
     evicting: frozenset[str] = frozenset()
+    encoding: Mapping[str, bool] = field(default_factory=dict)
     renumbered: frozenset[str] = frozenset()
 
 
@@ -282,6 +313,7 @@ def plan_prompt(
     evicts: bool = False,
     residual: int = 0,
     page_entries: int | None = None,
+    encodes: bool = False,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -307,6 +339,7 @@ def plan_prompt(
         evicts: entries are evicted while decoding.
         residual: last tokens that stay as they are where the others are encoded, below min_tokens.
         page_entries: encoded entries that a page has room for, more than block_size; None: entries stay as they are.
+        encodes: blocks that leave the residual window later are encoded, too.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -323,6 +356,7 @@ def plan_prompt(
         evicts,
         residual=residual,
         page_entries=page_entries,
+        encodes=encodes,
     )
     tail = plan.num_tail
     held = -(-num_kept // block_size)

@@ -37,6 +37,7 @@ def complete(config: "CompressionConfig") -> None:
     _complete_shares(config, cls)
     _complete_codec(config, cls)
     _complete_budgets(config, cls)
+    _check_encoding(config)
     _complete_cuts(config, cls)
     _check_requests(config)
 
@@ -135,6 +136,16 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     low, value, high = config.window_size, config.residual_window, config.min_tokens
     rule = f"at least window_size = {low} and less than min_tokens = {high}"
     check(is_int(value) and low <= value < high, "residual_window", rule, config)
+
+
+def _check_encoding(config: "CompressionConfig") -> None:
+    """Whether what is generated is encoded: room for it is counted in blocks of all layers and heads alike."""
+    encodes = config.encode_generated
+    check(isinstance(encodes, bool), "encode_generated", "true or false", config)
+    check(not encodes or config.codec != NO_CODEC, "encode_generated", "false without a codec", config)
+    is_even = not config.make_allocator().is_ragged and config.halting_loss is None
+    rule = "false where layers or heads keep differently many entries"
+    check(not encodes or is_even, "encode_generated", rule, config)
 
 
 def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:

@@ -54,9 +54,11 @@ class CompressionConfig:
         evict_while_decoding: whether a full block of entries after the prompt is chosen from together with what the
             prompt kept, and as many entries stay as before; None: the method's own. Without it they all stay.
         codec: how kept entries are stored, a name in `codecs.CODECS`; "none": in the model's dtype; None: the method's
-            own, mostly none. What is generated stays in the model's dtype.
-        residual_window: last prompt tokens that a codec leaves in the model's dtype; None: the method's own, the window
-            at least.
+            own, mostly none.
+        residual_window: last tokens that a codec leaves in the model's dtype; None: the method's own, the window at
+            least.
+        encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
+            window. Without it all that follows the prompt stays in the model's dtype.
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
@@ -91,6 +93,7 @@ class CompressionConfig:
     evict_while_decoding: bool | None = None
     codec: str | None = None
     residual_window: int | None = None
+    encode_generated: bool = False
     min_tokens: int = 512
     allow_request_override: bool = True
     min_retention_ratio: float = 0.0
@@ -315,6 +318,7 @@ class CompressionConfig:
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,
             residual=self.residual_window or 0,
+            encodes=self.encode_generated,
             page_entries=None if entry is None else self.page_entries(block_size, entry),
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):

@@ -65,6 +65,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         stream_period=None if plan.streaming is None else plan.streaming.period * BLOCK_SIZE,
         codec=None if config.codec == "none" else config.codec,
         encoded_to=None if config.codec == "none" else plan.num_whole_blocks * BLOCK_SIZE,
+        encode_after=BLOCK_SIZE if plan.encodes else None,
+        residual=plan.residual if plan.encodes else 0,
     )
 
 
@@ -79,10 +81,11 @@ def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -
 
     Ranks hold the heads in order, equally many; the one with the most pages decides.
     """
+    awaited = plan.num_tail // plan.block_size * plan.block_size if plan.encodes else 0
     num_heads, needed = len(generation.kept[0]) // num_ranks, []
     for first in range(0, num_ranks * num_heads, num_heads):
         heads = [len(head) - plan.num_tail for layer in generation.kept for head in layer[first : first + num_heads]]
-        pages = sum(-(-entries // (plan.page_entries or plan.block_size)) for entries in heads)
+        pages = sum(-(-(entries + awaited) // (plan.page_entries or plan.block_size)) for entries in heads)
         needed.append(-(-pages // len(heads)))
     return plan.num_whole_blocks - max(needed)
 
@@ -90,6 +93,19 @@ def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -
 def blocks_filled(num_context: int, num_tokens: int) -> int:
     """Blocks filled after the context by a text of so many tokens, the last of which is not computed."""
     return (num_tokens - 1) // BLOCK_SIZE - num_context // BLOCK_SIZE
+
+
+def code_blocks(plan: PromptPlan, num_encoded: int) -> int:
+    """Blocks with the codes of a text whose first num_encoded blocks are encoded, and its prompt's whole ones soon."""
+    later = max(num_encoded, plan.num_tokens // BLOCK_SIZE) - plan.num_whole_blocks
+    return -(-(plan.num_moved + later * BLOCK_SIZE) // plan.page_entries)
+
+
+def blocks_encoded(plan: PromptPlan, num_tokens: int) -> int:
+    """Blocks given back by a text of so many tokens, the last of which is not computed, since its prompt ended."""
+    num_encoded = (num_tokens - 1 - plan.residual) // BLOCK_SIZE
+    before = code_blocks(plan, plan.num_whole_blocks)
+    return num_encoded - plan.num_whole_blocks - (code_blocks(plan, num_encoded) - before)
 
 
 def reference(
@@ -129,11 +145,12 @@ def tolerance(config: CompressionConfig | None) -> float:
 
     Two ways to add float32 numbers differ by 2e-5 here; one missing or misplaced row moves a logprob by more than 1e-2.
     With a codec such noise decides between two codes now and then: keys and values off by 2e-6 of themselves moved the
-    reference's own logprobs by up to 6e-3, once by 2e-2 with codes of two bits; another codec by more than 0.5.
+    reference's own logprobs by up to 6e-3, once by 2e-2 with codes of two bits; another codec by more than 0.5. Where
+    what is generated is encoded, later codes differ because earlier ones do: twice as much.
     """
     if config is None or config.codec == "none":
         return 2e-4
-    return 2e-2 if config.codec.endswith("2") else 1e-2
+    return (2e-2 if config.codec.endswith("2") else 1e-2) * (2 if config.encode_generated else 1)
 
 
 def _is_clear(generation: Generation, smallest_gap: float, tolerance: float) -> bool:

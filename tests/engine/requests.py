@@ -5,7 +5,16 @@ from collections import Counter
 
 from fastkv_vllm.config import CompressionConfig
 from tests.engine.harness import sampling
-from tests.engine.oracle import blocks_filled, clear, freed_blocks, kept_entries, make_prompts, plan_of, reference
+from tests.engine.oracle import (
+    blocks_encoded,
+    blocks_filled,
+    clear,
+    freed_blocks,
+    kept_entries,
+    make_prompts,
+    plan_of,
+    reference,
+)
 from tests.engine.settings import REQUESTS
 
 LENGTHS = [1111, 700, 832, 500, 1300, 640, 901, 333, 777, 1024]
@@ -71,12 +80,17 @@ def expected_counts(engine, asked, max_tokens):
         plan = plan_of(config, len(prompt))
         generation = reference(engine.checkpoint, config, prompt, max_tokens)
         freed = freed_blocks(plan, generation, engine.core.vllm_config.parallel_config.tensor_parallel_size)
+        num_tokens = len(prompt) + max_tokens
         figures = {
             "requests_compressed": 1,
             "prompt_tokens_seen": len(prompt),
             "prompt_tokens_kept": kept_entries(plan, generation),
             "blocks_freed": freed,
-            "decode_blocks_freed": blocks_filled(len(prompt), len(prompt) + max_tokens) if plan.evicts else 0,
+            "decode_blocks_freed": blocks_filled(len(prompt), num_tokens)
+            if plan.evicts
+            else blocks_encoded(plan, num_tokens)
+            if plan.encodes
+            else 0,
         }
         expected.update({(config.method, name): count for name, count in figures.items()})
     return expected

@@ -62,6 +62,18 @@ ENCODED = {
     "dbudgetkv-int4": ("dbudgetkv", HALTING | {"codec": "int4"}),
     "streamingllm-whole-kivi4": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "codec": "kivi4"}),
 }
+# Those whose generated tokens are encoded, too.
+KIVI = {
+    "min_tokens": 128,
+    "retention_ratio": 1.0,
+    "codec": "kivi2",
+    "residual_window": 40,
+    "encode_generated": True,
+}
+ENCODING = {
+    "kivi": ("streamingllm", KIVI),
+    "fastkv-int8": ("fastkv", TSP | {"codec": "int8", "residual_window": 100, "encode_generated": True}),
+}
 # Name -> method and configuration of requests that are served together.
 REQUESTS = {
     "fastkv": ("fastkv", TSP),
@@ -84,5 +96,6 @@ REQUESTS = {
     "duoattention": ("duoattention", DUO | {"retention_ratio": 0.6, "head_weights": WEIGHTS}),
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
+    "kivi": ("streamingllm", KIVI | {"codec": "kivi4"}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

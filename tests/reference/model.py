@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -53,6 +53,7 @@ class _Layer:
 
     queries: of the last tokens, those that may vote, [Hq, at most window_size, D].
     votes: of all queries for each entry, of each head [N]; empty where they do not vote.
+    num_stored: of each head, the first entries, which its codec has stored.
     """
 
     weights: dict[str, Tensor]
@@ -60,6 +61,7 @@ class _Layer:
     values: list[Tensor]
     queries: Tensor
     votes: list[Tensor]
+    num_stored: list[int] = field(default_factory=list)
 
 
 class ReferenceModel:
@@ -180,7 +182,8 @@ class ReferenceModel:
                 stay = [_select(*head, drop) for head in zip(ratings, own, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
                 if drop.codec is not None:
-                    _store(layer, stay, drop)
+                    layer.num_stored = [0] * len(stay)
+                    _store(layer, [int((positions < drop.encoded_to).sum()) for positions in stay], drop)
                 if layer.votes:
                     layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
@@ -189,7 +192,7 @@ class ReferenceModel:
     def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
         """Run one token, append its entries to every cache, return its hidden row, [1, hidden_size].
 
-        With a period the caches may then lose as many entries as it says.
+        With a period the caches may then lose as many entries as it says; a codec may store more of them.
         """
         hidden = self._embed([token])
         for layer in layers:
@@ -203,6 +206,8 @@ class ReferenceModel:
                     layer.votes = tests.reference.eviction.add_votes(layer.votes, queries, layer.keys, drop)
                 if (position + 1) % drop.period == 0:
                     _evict(layer, drop)
+            if drop is not None and drop.encode_after and (position + 1 - drop.residual) % drop.encode_after == 0:
+                _store(layer, [drop.encode_after] * len(layer.keys), drop)
         return hidden
 
     def _layer_weights(self, weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -332,12 +337,13 @@ def _take(cache: Sequence[Tensor], positions: Tensor, stay: Sequence[Tensor]) ->
     return [head[torch.searchsorted(positions, chosen)] for head, chosen in zip(cache, stay, strict=True)]
 
 
-def _store(layer: _Layer, stay: Sequence[Tensor], drop: Drop) -> None:
-    """Put into each head's cache what its codec gives back of the entries that stay at positions [K]."""
-    for head, positions in enumerate(stay):
-        n = int((positions < drop.encoded_to).sum())
-        parts = tests.reference.codecs.stored(drop.codec, layer.keys[head][:n], layer.values[head][:n])
-        layer.keys[head][:n], layer.values[head][:n] = parts
+def _store(layer: _Layer, counts: Sequence[int], drop: Drop) -> None:
+    """Put into each head's cache what its codec gives back of so many more entries."""
+    for head, count in enumerate(counts):
+        more = slice(layer.num_stored[head], layer.num_stored[head] + count)
+        parts = tests.reference.codecs.stored(drop.codec, layer.keys[head][more], layer.values[head][more])
+        layer.keys[head][more], layer.values[head][more] = parts
+        layer.num_stored[head] = more.stop
 
 
 def _refuse_unsupported(config: dict) -> None:

@@ -47,6 +47,8 @@ class Drop:
     stream_period: where heads let go of entries while a prompt is read, the tokens between two times; see `streaming`.
     codec: how the entries that stay are stored, but for those from encoded_to on; None: as they are.
     encoded_to: prompt position; set with a codec.
+    encode_after, residual: where set, as many more entries are stored whenever the text but for its last `residual`
+        tokens is a multiple of that long.
     """
 
     method: str
@@ -76,6 +78,8 @@ class Drop:
     min_tsp_layer: int | None = None
     codec: str | None = None
     encoded_to: int | None = None
+    encode_after: int | None = None
+    residual: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
