@@ -112,7 +112,7 @@ class CompressionConfig:
         if not isinstance(mapping, Mapping):
             raise ValueError(f"kv_compression_config must be a JSON object; got {mapping!r}")
         known = [field.name for field in dataclasses.fields(cls) if field.name != "method"]
-        unknown = sorted(set(mapping) - set(known))
+        unknown = [name.encode("unicode_escape").decode() for name in sorted(set(mapping) - set(known))]
         if unknown:
             raise ValueError(f"kv_compression_config: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
         return cls(method=method, **mapping)
