@@ -17,6 +17,7 @@ from fastkv_vllm.calibrate.duo import GateTrainer
 from fastkv_vllm.calibrate.heads import HeadCredit
 from fastkv_vllm.calibrate.progress import PartialFile
 from fastkv_vllm.calibrate.prompts import PromptReader
+from fastkv_vllm.calibrate.sharing import LayerDistances
 from fastkv_vllm.calibrate.tsp_layer import RecallTables
 from fastkv_vllm.calibrate.tsp_sweep import AnswerSweep
 
@@ -33,6 +34,7 @@ KINDS: dict[str, tuple[type, list[str]]] = {
     "tsp-layer": (RecallTables, ["--queries", "1"]),
     "heads": (HeadCredit, ["--criterion", "r"]),
     "decays": (RecallCurves, ["--queries", "2"]),
+    "sharing": (LayerDistances, ["--layers", "1"]),
     "duo": (GateTrainer, ["--steps", "5", "--num-sink", "4", "--window-size", "64"]),
 }
 KIND_OF = {maker: kind for kind, maker in MAKERS.items()}

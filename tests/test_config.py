@@ -64,6 +64,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "allow_request_override": True,
         "min_retention_ratio": 0.0,
         "max_tsp_tokens": None,
+        "layer_owners": None,
     }
 
 
@@ -110,6 +111,51 @@ def test_weights_come_back_from_json() -> None:
         config.for_model(num_layers=2, num_kv_heads=4, max_model_len=512)
     with pytest.raises(ValueError, match="head_weights must be given for head_budgets 'importance': the path of"):
         CompressionConfig("headkv").for_model(num_layers=2, num_kv_heads=4, max_model_len=512)
+
+
+@pytest.mark.parametrize("owners", [3, [], [0, 1, 2], [0, 1, 1, 2], [0, 2, 2], [1, 1], [0, -1], [0, 0.0], [0, True]])
+def test_owners_must_be_layers_that_read_their_own(owners: object) -> None:
+    with pytest.raises(ValueError, match=r"layer_owners must be the path of .* for one layer at least; got"):
+        CompressionConfig.from_mapping("snapkv", {"layer_owners": owners})
+
+
+def test_owners_are_of_each_layer_and_see_the_same_rows() -> None:
+    config = CompressionConfig("fastkv", layer_owners=[0, 1, 0, 3, 4, 4])  # type: ignore[arg-type]
+    assert CompressionConfig(**json.loads(json.dumps(config.to_mapping()))) == config
+    assert config.for_model(num_layers=6, num_kv_heads=2, max_model_len=512).tsp_layer == 2
+    with pytest.raises(ValueError, match="layer_owners must be 8, one for each of the model's layers; got 6"):
+        config.for_model(num_layers=8, num_kv_heads=2, max_model_len=512)
+    early = dataclasses.replace(config, tsp_layer=1)
+    with pytest.raises(ValueError, match="layer 2 reads the entries of layer 0 and rows are cut after layer 1"):
+        early.for_model(num_layers=6, num_kv_heads=2, max_model_len=512)
+    dataclasses.replace(early, tsp_ratio=1.0).for_model(num_layers=6, num_kv_heads=2, max_model_len=512)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "name"),
+    [
+        ("pyramidkv", {}, "layer_budgets"),
+        ("headkv", {}, "head_budgets"),
+        ("snapkv", {"codec": "int8"}, "codec"),
+        ("snapkv", {"evict_while_decoding": True}, "evict_while_decoding"),
+        ("dbudgetkv", {}, "halting_loss"),
+        ("asl", {}, "rank_variance"),
+        ("gemfilter", {}, "layer_owners"),
+        ("lazyllm", {}, "layer_budgets"),
+    ],
+)
+def test_what_excludes_layers_that_read_others(method: str, settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"kv_compression_config: {name} must be "):
+        CompressionConfig.from_mapping(method, {"layer_owners": [0, 0, 2], **settings})
+
+
+def test_owners_switch_off_eviction_and_hold_fewer_blocks() -> None:
+    config = CompressionConfig("h2o", layer_owners=[0, 0, 2], budget=100)  # type: ignore[arg-type]
+    assert config.evict_while_decoding is False
+    plan = config.plan(1000, 32)
+    assert isinstance(plan, PromptPlan) and plan.num_pages == 3 and plan.num_stored_blocks == 2
+    whole = CompressionConfig("snapkv", retention_ratio=1.0, layer_owners=[0, 0, 2]).plan(1000, 32)  # type: ignore[arg-type]
+    assert isinstance(whole, PromptPlan) and whole.num_pages == 31 and whole.num_freed_blocks == 10
 
 
 def test_weights_share_the_pages_of_all_layers() -> None:
@@ -226,6 +272,7 @@ BAD = [
     *[("streaming_tokens", value, "an integer >= 1") for value in (0, 1.5, None)],
     *[("head_weights", value, "left out: head_budgets 'uniform' does not use it") for value in ("heads.json", [[1.0]])],
     ("layer_shares", [0.5], "left out: fastkv has no schedule that calibration could find"),
+    *[("layer_owners", value, "the path of .* for one layer at least") for value in (0, [], [0, 1], [1, 0], [0, 0.0])],
     *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
     *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],
@@ -675,7 +722,7 @@ def test_any_json_is_a_configuration_or_one_clear_error(method: str, mapping: An
         for num_tokens in (1, 31, 600, 4000):
             config.plan(num_tokens, 32, entry=EntryShape(64, 2))
         assert CompressionConfig(**config.to_mapping()) == config
-        if not isinstance(config.head_weights, str) and not isinstance(config.layer_shares, str):
+        if not any(isinstance(value, str) for value in (config.head_weights, config.layer_shares, config.layer_owners)):
             filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=4096)
             filled.plan(4000, 32, entry=EntryShape(64, 2))
     except ValueError as error:

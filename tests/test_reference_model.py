@@ -3,6 +3,7 @@
 import ast
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, Idef
 from tests.reference import FAMILIES, Drop, Generation, ReferenceModel, make_checkpoint
 from tests.reference.budgets import losses_by_count
 from tests.reference.images import ROW_TOKENS, make_image_checkpoint, picture, pixels
-from tests.reference.model import _Layer
+from tests.reference.model import _attend, _Layer
 from tests.reference.selection import select_positions, window_scores
 
 NUM_TOKENS, FORCED_FROM, NUM_KEPT, NUM_TSP, TSP_LAYER = 201, 192, 40, 80, 3
@@ -165,6 +166,31 @@ def test_heads_that_stream_see_what_their_caches_hold(llama: ReferenceModel, pro
         hidden = llama._decode(layers, token, NUM_TOKENS + number, None)
     whole = llama.generate(prompt, 1, Drop("duoattention", 160 + num_tail, FORCED_FROM, num_sink=num_sink, **numbers))
     assert abs(whole.logprobs[0] - generation.logprobs[0]) > 1e-2, "the prompt's last query misses what was let go"
+
+
+def test_a_layer_may_read_the_entries_of_another(llama: ReferenceModel, prompt: list[int]) -> None:
+    """After the prompt, which each layer reads with its own entries."""
+    keep_all = Drop("streamingllm", NUM_TOKENS, FORCED_FROM, block_size=16)
+    full = llama.generate(prompt, 4, keep_all)
+    shared = llama.generate(prompt, 4, replace(keep_all, layer_owners=(0, 1, 2, 3, 4, 5, 6, 2)))
+    assert shared.logprobs[0] == full.logprobs[0], "the prompt is read as ever"
+    assert abs(shared.logprobs[1] - full.logprobs[1]) > 1e-3
+    hidden, layers, _, _ = llama._prefill(prompt, None)
+    last, owner = layers[7], layers[2]
+    last.keys, last.values = owner.keys, owner.values
+    for step, token in enumerate(shared.tokens):
+        logprobs = llama._head(hidden[-1]).log_softmax(dim=-1)
+        assert logprobs[token].item() == pytest.approx(shared.logprobs[step], abs=1e-5)
+        position = torch.tensor([NUM_TOKENS + step])
+        hidden = llama._embed([token])
+        for layer in layers:
+            queries, keys, values = llama._project(layer.weights, hidden, position)
+            if layer is last:
+                layer.keys, layer.values = owner.keys, owner.values
+            else:
+                layer.keys = [torch.cat(pair) for pair in zip(layer.keys, keys, strict=True)]
+                layer.values = [torch.cat(pair) for pair in zip(layer.values, values, strict=True)]
+            hidden = llama._finish(layer.weights, hidden, _attend(queries, layer.keys, layer.values))
 
 
 def test_propagating_all_is_no_tsp(llama: ReferenceModel, prompt: list[int]) -> None:

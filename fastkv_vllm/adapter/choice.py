@@ -28,7 +28,7 @@ _INSTEAD = {
     "tsp_ratio": "tsp_tokens",
     "tsp_tokens": "tsp_ratio",
 }
-_FILES = ("head_weights", "layer_shares")  # settings that may be files
+_FILES = ("head_weights", "layer_shares", "layer_owners")  # settings that may be files
 _REMEMBERED = 128
 # Queries that may vote at a request's wish, where the server's own setting is not more: their scores take memory.
 WIDEST_WINDOW = 256

@@ -12,7 +12,7 @@ from fastkv_vllm.adapter.encoded import EncodedPages, Held, stored_pages
 from fastkv_vllm.adapter.eviction import Evictor
 from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move, pages_read, uneven_moves
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool, SharedPages, blocks_for
 from fastkv_vllm.adapter.ranks import rank_of, shared_pages
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
@@ -266,7 +266,10 @@ class Compressor:
             self.stats.surplus[prefill.request_id] = len(prefill.destination) - num_needed
             counts = by_rank[rank_of(plan)]
             held: Held
-            if plan.page_entries is None:
+            if plan.layer_owners:
+                owned = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, prefill.destination)
+                held = SharedPages.of(owned, plan.layer_owners)
+            elif plan.page_entries is None:
                 held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
             else:
                 assert prefill.recipe.config.codec is not None, "the plan has one"

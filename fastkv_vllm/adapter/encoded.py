@@ -77,6 +77,9 @@ Held = HeadPages | EncodedPages
 
 def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
     """Pages with room for the bytes of so many pages of entries of each layer and head, and those awaited, [L, H]."""
+    if plan.layer_owners:
+        owns = torch.tensor(plan.layer_owners) == torch.arange(len(counts))
+        return counts * owns.unsqueeze(1)
     if plan.page_entries is None:
         return counts
     return -(-(counts * plan.block_size + plan.num_awaited) // plan.page_entries)

@@ -121,6 +121,8 @@ def uneven_moves(
     """
     plan, moves = prefill.plan, list[Move]()
     for layer, entries in enumerate(kept):
+        if plan.layer_owners and plan.layer_owners[layer] != layer:
+            continue  # nobody reads its entries
         heads = torch.arange(pool.num_heads).repeat_interleave(held.counts[layer] * plan.block_size)
         if by_block is None:
             pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads

@@ -175,6 +175,27 @@ class HeadPages:
         return table.scatter(2, index, later)
 
 
+@dataclass(frozen=True)
+class SharedPages(HeadPages):
+    """Pages of layers some of which read those of others: each layer has the counts and pages of its owner.
+
+    Fields:
+        owned: the same where layers that read others' have none.
+        owners: layer whose pages each layer reads, [L] int64.
+    """
+
+    owned: HeadPages
+    owners: torch.Tensor
+
+    @classmethod
+    def of(cls, owned: HeadPages, owners: Sequence[int]) -> "SharedPages":
+        layers = torch.tensor(owners)
+        return cls(owned.num_whole, owned.counts[layers], owned.pages[layers], owned, layers)
+
+    def table(self, pool: PagePool, appended: torch.Tensor) -> torch.Tensor:
+        return self.owned.table(pool, appended)[self.owners]
+
+
 P = TypeVar("P", bound=KeptPages, covariant=True)
 
 

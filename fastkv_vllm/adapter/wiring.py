@@ -75,6 +75,8 @@ def read_artefacts(config: CompressionConfig, model: str) -> CompressionConfig:
         kind = method_class(config.method).schedule_artefact
         assert kind is not None, "checked by CompressionConfig"
         numbers["layer_shares"] = load(config.layer_shares, kind, model).data["shares"]
+    if isinstance(config.layer_owners, str):
+        numbers["layer_owners"] = load(config.layer_owners, "layer-sharing", model).data["owners"]
     return dataclasses.replace(config, **numbers)
 
 

@@ -98,6 +98,7 @@ class PromptPlan:
         page_entries: encoded entries that a page has room for; None: entries are stored as they are.
         num_ranks: ranks that hold equally many of the KV heads that share pages unevenly; 1 where heads are even.
         encodes: blocks that leave the residual window after the prompt are encoded, too.
+        layer_owners: layer whose entries each layer reads after the prompt; empty: its own.
     """
 
     num_tokens: int
@@ -117,6 +118,7 @@ class PromptPlan:
     page_entries: int | None = None
     num_ranks: int = 1
     encodes: bool = False
+    layer_owners: tuple[int, ...] = ()
 
     @property
     def has_stash(self) -> bool:
@@ -174,6 +176,8 @@ class PromptPlan:
     @property
     def num_stored_blocks(self) -> int:
         """Blocks that hold the moved entries of a rank; the most they can be, where layers and heads share unevenly."""
+        if self.layer_owners:
+            return -(-self.most_pages * len(set(self.layer_owners)) // len(self.layer_owners))
         if self.page_entries is None:
             return self.most_pages
         even = -(-(self.most_pages * self.block_size + self.num_awaited) // self.page_entries)
@@ -314,6 +318,7 @@ def plan_prompt(
     residual: int = 0,
     page_entries: int | None = None,
     encodes: bool = False,
+    layer_owners: tuple[int, ...] = (),
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -340,6 +345,7 @@ def plan_prompt(
         residual: last tokens that stay as they are where the others are encoded, below min_tokens.
         page_entries: encoded entries that a page has room for, more than block_size; None: entries stay as they are.
         encodes: blocks that leave the residual window later are encoded, too.
+        layer_owners: layer whose entries each layer reads after the prompt, not with page_entries; empty: its own.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -357,6 +363,7 @@ def plan_prompt(
         residual=residual,
         page_entries=page_entries,
         encodes=encodes,
+        layer_owners=layer_owners,
     )
     tail = plan.num_tail
     held = -(-num_kept // block_size)

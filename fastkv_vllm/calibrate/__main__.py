@@ -11,12 +11,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from fastkv_vllm.calibrate.commands import calibrate_decays, calibrate_duo, calibrate_heads, calibrate_tsp_layer
+from fastkv_vllm.calibrate.commands import (
+    calibrate_decays,
+    calibrate_duo,
+    calibrate_heads,
+    calibrate_sharing,
+    calibrate_tsp_layer,
+)
 from fastkv_vllm.calibrate.decays import Votes
 from fastkv_vllm.calibrate.duo import DuoSettings
 from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.heads import CRITERIA
 from fastkv_vllm.calibrate.model import DTYPES
+from fastkv_vllm.calibrate.sharing import SharingSettings
 from fastkv_vllm.calibrate.tsp_layer import Propagation
 from fastkv_vllm.kernels.window_scores import POOLINGS
 
@@ -45,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("heads", "importance of attention heads for retrieval (HeadKV)", calibrate_heads, _add_heads),
         ("duo", "which KV heads need the whole context (DuoAttention)", calibrate_duo, _add_duo),
         ("decays", "share of the rows that each layer hands on (PyramidInfer)", calibrate_decays, _add_decays),
+        ("sharing", "layers that can read the entries of another (KVSharer)", calibrate_sharing, _add_sharing),
     ):
         kind = kinds.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         kind.set_defaults(run=run, parser=kind)
@@ -107,6 +115,14 @@ def _add_decays(parser: argparse.ArgumentParser) -> None:
     add("--num-sink", type=_int_from(0), default=default.num_sink, help="first tokens that always go on")
 
 
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, SharingSettings()
+    add("--layers", dest="num_shared", type=_int_from(1), metavar="N", help="that read another's; None: a quarter")
+    add("--threshold", type=_cosine, default=default.threshold, help="least cosine of the last hidden states")
+    add("--tokens", dest="num_tokens", type=_int_from(1), default=default.num_tokens, help="first ones, compared")
+    add("--queries", dest="num_queries", type=_int_from(1), default=default.num_queries, help="last ones, reading so")
+
+
 def _int_from(low: int) -> Callable[[str], int]:
     return _checked(int, lambda value: value >= low, f"an integer, at least {low}")
 
@@ -135,6 +151,7 @@ def _pair(text: str) -> tuple[int, int]:
 _odd = _checked(int, lambda value: value > 0 and value % 2 == 1, "odd and positive")
 _share = _checked(float, lambda value: 0 < value <= 1, "in (0, 1]")
 _percentile = _checked(float, lambda value: 0 <= value <= 100, "in 0..100")
+_cosine = _checked(float, lambda value: -1 < value < 1, "in (-1, 1)")
 _positive = _checked(float, lambda value: 0 < value < float("inf"), "positive")
 _lengths = _checked(_pair, lambda pair: 0 < pair[0] <= pair[1], "MIN:MAX in tokens, such as 1000:8000")
 

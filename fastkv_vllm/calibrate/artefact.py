@@ -13,7 +13,13 @@ from fastkv_vllm.calibrate.fingerprint import model_directory, model_fingerprint
 
 SCHEMA = 1
 # Kind -> subcommand.
-MAKERS = {"tsp-layer": "tsp-layer", "head-importance": "heads", "retrieval-heads": "duo", "layer-decays": "decays"}
+MAKERS = {
+    "tsp-layer": "tsp-layer",
+    "head-importance": "heads",
+    "retrieval-heads": "duo",
+    "layer-decays": "decays",
+    "layer-sharing": "sharing",
+}
 
 
 @dataclass(frozen=True)

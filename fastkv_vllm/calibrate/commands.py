@@ -19,6 +19,7 @@ from fastkv_vllm.calibrate.model import CalibrationModel
 from fastkv_vllm.calibrate.plot import check_can_plot, plot_recall
 from fastkv_vllm.calibrate.progress import PartialFile, Resumable
 from fastkv_vllm.calibrate.prompts import Prompt, PromptReader, digest
+from fastkv_vllm.calibrate.sharing import LayerDistances, SharingSearch, SharingSettings, pairs_to_try
 from fastkv_vllm.calibrate.tsp_layer import Propagation, RecallTables, choose_layer, weakest_recall
 from fastkv_vllm.calibrate.tsp_sweep import AnswerSweep
 
@@ -148,6 +149,31 @@ def calibrate_decays(args: Namespace, command: str) -> str:
     run.finish("layer-decays", settings | {"min_recall": args.min_recall, "percentile": args.percentile}, data)
     lines = [f"  after layer {layer}: {share:.3f}" for layer, share in enumerate(shares)]
     return "\n".join([f"shares of a prompt's rows that go on, {mean_share(shares):.3f} kept in the mean:", *lines])
+
+
+def calibrate_sharing(args: Namespace, command: str) -> str:
+    """Choose the layers that read another's entries; the result in words."""
+    run = Run(args, command)
+    prompts = run.prompts(args.prompts)
+    sharing = SharingSettings(**{field.name: getattr(args, field.name) for field in fields(SharingSettings)})
+    identity = {"tokens": sharing.num_tokens, "prompts": digest(prompts)}
+    apart = LayerDistances(run.model, prompts, sharing.num_tokens)
+    run.measure("distances", apart, len(prompts), identity)
+    distances = apart.distances()
+    pairs = pairs_to_try(distances)
+    work = SharingSearch(run.model, prompts, pairs, sharing)
+    settings = {**sharing.settings(), "prompts": digest(prompts)}
+    run.measure("pairs", work, len(pairs), settings)
+    owners = work.found()
+    data = {
+        "owners": owners,
+        "similarity": work.similarity,
+        "distances": distances.tolist(),
+        "num_prompts": len(prompts),
+    }
+    run.finish("layer-sharing", settings, data)
+    lines = [f"  layer {layer}: those of layer {owner}" for layer, owner in enumerate(owners) if owner != layer]
+    return "\n".join([f"cosine {work.similarity:.3f} of the last hidden states; layers read other entries:", *lines])
 
 
 def _sweep(run: Run, tasks: list[Prompt], propagation: Propagation, layer: int) -> dict[str, Any]:

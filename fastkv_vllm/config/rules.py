@@ -39,6 +39,7 @@ def complete(config: "CompressionConfig") -> None:
     _complete_budgets(config, cls)
     _check_encoding(config)
     _complete_cuts(config, cls)
+    _check_owners(config, cls)
     _check_requests(config)
 
 
@@ -110,7 +111,8 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
     rule = f"left out: heads of {config.method} let go of entries before the last query that the rule asks"
     check(loss is None or not config.streams, "halting_loss", rule, config)
-    fill_in(config, "evict_while_decoding", cls.default_evict_while_decoding and config.codec == NO_CODEC)
+    evicts = cls.default_evict_while_decoding and config.codec == NO_CODEC and config.layer_owners is None
+    fill_in(config, "evict_while_decoding", evicts)
     check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
     rule = f"false: entries stored with codec {config.codec!r} cannot be chosen from again"
     check(config.codec == NO_CODEC or not config.evict_while_decoding, "evict_while_decoding", rule, config)
@@ -173,6 +175,34 @@ def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
         rule = f"at least budget = {config.budget}: late layers cannot keep more than they see"
         check(each(config.tsp_tokens)[-1] >= config.budget, "tsp_tokens", rule, config)
     _freeze_cuts(config)
+
+
+def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
+    """Layers that read others' entries have no choice, no budget and no place of their own."""
+    owners = config.layer_owners
+    if owners is None:
+        return
+    for name, allowed, rule in (
+        ("layer_budgets", (UNIFORM,), UNIFORM),
+        ("head_budgets", (UNIFORM, *HEAD_BUDGETS), " or ".join((UNIFORM, *HEAD_BUDGETS))),
+        ("codec", (NO_CODEC,), NO_CODEC),
+        ("evict_while_decoding", (False,), "false"),
+        ("halting_loss", (None,), "left out"),
+        ("rank_variance", (None,), "left out"),
+    ):
+        check(getattr(config, name) in allowed, name, f"{rule} where layers read the entries of others", config)
+    rule = f"left out: {config.method} reads tokens again, whose entries are not compressed"
+    check(not cls.reads_again, "layer_owners", rule, config)
+    if isinstance(owners, str):
+        return  # `for_model` wants numbers
+    rule = (
+        "the path of a file of `fastkv-vllm calibrate sharing`, or for each layer the one whose entries it reads: its "
+        "own number, or that of an earlier one that reads its own, for one layer at least"
+    )
+    numbers = is_list(owners) and all(is_int(owner) and 0 <= owner <= n for n, owner in enumerate(owners))
+    holds = numbers and all(owners[owner] == owner for owner in owners) and len(set(owners)) < len(owners)
+    check(holds, "layer_owners", rule, config)
+    object.__setattr__(config, "layer_owners", tuple(owners))
 
 
 def _check_requests(config: "CompressionConfig") -> None:

@@ -59,6 +59,9 @@ class CompressionConfig:
             least.
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
             window. Without it all that follows the prompt stays in the model's dtype.
+        layer_owners: layer whose entries each layer reads once the prompt has ended: path of the file that `fastkv-vllm
+            calibrate sharing` wrote, or the numbers, [layers]; a layer reads its own or those of an earlier one that
+            reads its own.
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
@@ -94,6 +97,7 @@ class CompressionConfig:
     codec: str | None = None
     residual_window: int | None = None
     encode_generated: bool = False
+    layer_owners: str | tuple[int, ...] | None = None
     min_tokens: int = 512
     allow_request_override: bool = True
     min_retention_ratio: float = 0.0
@@ -147,6 +151,7 @@ class CompressionConfig:
                     f"kv_compression_config: head_weights must be of {num_layers} layers with {num_kv_heads} KV heads "
                     f"each, as the model has; got {len(weights)} with {', '.join(map(str, sorted(widths)))}"
                 )
+        self._require_owners_of(num_layers)
         self = self._with_schedule(num_layers)
         if not self.uses_tsp:
             return self
@@ -163,9 +168,30 @@ class CompressionConfig:
                 f"kv_compression_config: max_tsp_tokens must be at least the model's maximum length {max_model_len}; "
                 f"got {limit}; raise it or lower --max-model-len"
             )
+        self._require_owners_within_cuts(each(layer))
         return dataclasses.replace(
             self, tsp_layer=layer, min_tsp_layer=self._min_tsp_layer(num_layers, layer), max_tsp_tokens=limit
         )
+
+    def _require_owners_of(self, num_layers: int) -> None:
+        owners = self.layer_owners
+        if owners is not None and len(owners) != num_layers:
+            raise ValueError(
+                f"kv_compression_config: layer_owners must be {num_layers}, one for each of the model's layers; got "
+                f"{len(owners)}"
+            )
+
+    def _require_owners_within_cuts(self, layers: Sequence[int]) -> None:
+        """A layer can read another's entries only where both have seen the same rows."""
+        for layer, owner in enumerate(self.layer_owners or ()):
+            assert isinstance(owner, int), "the file was read before"
+            for cut in layers:
+                if owner <= cut < layer:
+                    raise ValueError(
+                        f"kv_compression_config: layer_owners must name layers that see the same rows; layer {layer} "
+                        f"reads the entries of layer {owner} and rows are cut after layer {cut}: set "
+                        '"tsp_ratio": 1.0 or calibrate sharing anew'
+                    )
 
     def _min_tsp_layer(self, num_layers: int, tsp_layer: int | tuple[int, ...]) -> int | None:
         if self.rank_variance is None:
@@ -302,6 +328,7 @@ class CompressionConfig:
             if cls.reads_again:
                 rows = [0]  # raised to what stays
             cuts = list(zip(self.tsp_layers, rows, strict=True))
+        owners = self.layer_owners if isinstance(self.layer_owners, tuple) else ()
         plan = plan_prompt(
             num_tokens,
             block_size=block_size,
@@ -314,12 +341,13 @@ class CompressionConfig:
             num_recent=num_recent,
             reads_again=cls.reads_again and bool(cuts),
             cut_from=None if self.min_tsp_layer is None else self.min_tsp_layer + 1,
-            is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None,
+            is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None or bool(owners),
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,
             residual=self.residual_window or 0,
             encodes=self.encode_generated,
             page_entries=None if entry is None else self.page_entries(block_size, entry),
+            layer_owners=owners,
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
             return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))

@@ -67,6 +67,7 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         encoded_to=None if config.codec == "none" else plan.num_whole_blocks * BLOCK_SIZE,
         encode_after=BLOCK_SIZE if plan.encodes else None,
         residual=plan.residual if plan.encodes else 0,
+        layer_owners=plan.layer_owners,
     )
 
 
@@ -84,7 +85,11 @@ def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -
     awaited = plan.num_tail // plan.block_size * plan.block_size if plan.encodes else 0
     num_heads, needed = len(generation.kept[0]) // num_ranks, []
     for first in range(0, num_ranks * num_heads, num_heads):
-        heads = [len(head) - plan.num_tail for layer in generation.kept for head in layer[first : first + num_heads]]
+        layers = [layer[first : first + num_heads] for layer in generation.kept]
+        heads = [len(head) - plan.num_tail for layer in layers for head in layer]
+        if plan.layer_owners:  # layers that read another's entries hold none
+            owns = [layer == owner for layer, owner in enumerate(plan.layer_owners) for _ in range(num_heads)]
+            heads = [entries * own for entries, own in zip(heads, owns, strict=True)]
         pages = sum(-(-(entries + awaited) // (plan.page_entries or plan.block_size)) for entries in heads)
         needed.append(-(-pages // len(heads)))
     return plan.num_whole_blocks - max(needed)

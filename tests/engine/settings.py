@@ -74,6 +74,13 @@ ENCODING = {
     "kivi": ("streamingllm", KIVI),
     "fastkv-int8": ("fastkv", TSP | {"codec": "int8", "residual_window": 100, "encode_generated": True}),
 }
+# Layers 3, 5 and 7 of 8 read the entries of others, on their own side of the TSP layer.
+OWNERS = [0, 1, 2, 0, 4, 4, 6, 4]
+SHARING = {
+    "sharing": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "layer_owners": OWNERS}),
+    "fastkv-sharing": ("fastkv", TSP | {"layer_owners": OWNERS}),
+    "adakv-sharing": ("adakv", SMALL | {"layer_owners": [0, 0, 2, 2, 2, 5, 6, 6]}),
+}
 # Name -> method and configuration of requests that are served together.
 REQUESTS = {
     "fastkv": ("fastkv", TSP),
@@ -97,5 +104,7 @@ REQUESTS = {
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
     "kivi": ("streamingllm", KIVI | {"codec": "kivi4"}),
+    "sharing": SHARING["sharing"],
+    "fastkv-sharing": SHARING["fastkv-sharing"],
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -197,6 +197,13 @@ def test_weights_of_heads_come_from_this_models_file(checkpoint, checkpoints, tm
         configure(checkpoint, kv_compression="headkv", kv_compression_config={"head_weights": [[1.0, 0.0]]})
 
 
+def test_owners_of_layers_come_from_this_models_file(checkpoint, tmp_path):
+    owners, file = [0, 1, 2, 3, 4, 5, 0, 5], tmp_path / "sharing.json"
+    save(make("layer-sharing", checkpoint, command="-", settings={}, data={"owners": owners}), file)
+    config = configure(checkpoint, kv_compression="snapkv", kv_compression_config={"layer_owners": str(file)})
+    assert compression_config(config).layer_owners == tuple(owners)
+
+
 def test_shares_of_layers_come_from_this_models_file(checkpoint, tmp_path):
     shares, file = [0.9, 0.8, 0.8, 0.7, 0.6, 0.6, 0.5], tmp_path / "decays.json"
     save(make("layer-decays", checkpoint, command="-", settings={}, data={"shares": shares}), file)

@@ -187,6 +187,7 @@ class ReferenceModel:
                 if layer.votes:
                     layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
+            kept = [kept[owner] for owner in drop.layer_owners] or kept
         return hidden, layers, kept, cuts
 
     def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
@@ -195,11 +196,12 @@ class ReferenceModel:
         With a period the caches may then lose as many entries as it says; a codec may store more of them.
         """
         hidden = self._embed([token])
-        for layer in layers:
+        for index, layer in enumerate(layers):
             queries, keys, values = self._project(layer.weights, hidden, torch.tensor([position]))
             layer.keys = [torch.cat(pair) for pair in zip(layer.keys, keys, strict=True)]
             layer.values = [torch.cat(pair) for pair in zip(layer.values, values, strict=True)]
-            hidden = self._finish(layer.weights, hidden, _attend(queries, layer.keys, layer.values))
+            read = layers[drop.layer_owners[index]] if drop is not None and drop.layer_owners else layer
+            hidden = self._finish(layer.weights, hidden, _attend(queries, read.keys, read.values))
             if drop is not None and drop.period is not None:
                 layer.queries = torch.cat([layer.queries, queries], dim=1)[:, -drop.window_size :]
                 if layer.votes:

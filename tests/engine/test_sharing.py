@@ -1,0 +1,79 @@
+"""Layers that read the entries of others: the tokens of a reference that does so, in fewer blocks."""
+
+import pytest
+import torch
+
+from fastkv_vllm.cache import PromptPlan
+from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of
+from tests.engine.requests import answer, ask, filled
+from tests.engine.settings import SHARING
+
+LENGTHS = [611, 400, 90, 704, 385]  # 90 is below min_tokens
+
+
+@pytest.fixture(scope="module")
+def engine(start):
+    return start(*SHARING["fastkv-sharing"])
+
+
+@pytest.mark.parametrize("step_tokens", [61, 2048])
+def test_mixed_requests(engine, step_tokens):
+    """Prompts left alone, prefill and decode in the same steps as shared reads."""
+    with engine.step_tokens(step_tokens), engine.watch():
+        engine.check(make_prompts(LENGTHS), max_tokens=8)
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("num_tokens", [700, 704, 1001])
+def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
+    """The blocks held are those of the other layers' pages, each held once; tables name the owner's pages."""
+    method, settings = SHARING[name]
+    config = filled(method, settings)
+    prompt = clear(engine.checkpoint, config, *make_prompts([num_tokens], seed=num_tokens), 4)
+    held, blocks = [], []
+
+    def look(output):
+        held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
+        blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
+
+    with engine.watch(after=look):
+        ask(engine, [(prompt, method, settings)], 4)
+    plan = plan_of(config, num_tokens)
+    assert isinstance(plan, PromptPlan)
+    owned, owners = held[-1].owned, plan.layer_owners
+    follows = [layer != owner for layer, owner in enumerate(owners)]
+    assert not owned.counts[follows].any()
+    num_owning = len(owners) - sum(follows)
+    assert owned.counts.sum() == plan.num_pages * num_owning * owned.counts.shape[1]
+    in_prompt = -(-plan.num_pages * num_owning // len(owners))
+    assert blocks[-1] == in_prompt + -(-(num_tokens + 3) // BLOCK_SIZE) - plan.num_whole_blocks
+    taken = owned.pages[torch.arange(owned.pages.shape[2]) < owned.counts.unsqueeze(-1)]
+    assert len(set(taken.tolist())) == len(taken), "a page is held twice"
+    table = held[-1].table(engine.compressor.pool, torch.tensor([7, 9]))
+    assert torch.equal(table, table[list(owners)])
+
+
+def test_question_behind_a_context(engine):
+    """Several queries a sequence read another layer's pages."""
+    engine.check(make_prompts([611, 704]), max_tokens=5, contexts=[500, 681])
+
+
+def test_preempted(engine):
+    """Compressed again, they answer alike."""
+
+    def preempt(number):
+        if number in (13, 24):
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    with engine.step_tokens(100), engine.watch(before=preempt):
+        answer(engine, ["fastkv-sharing", "sharing", "none", "adakv-int8"], max_tokens=8)
+    assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
+
+
+def test_prefix_caching(start):
+    engine = start(*SHARING["sharing"], enable_prefix_caching=True, num_gpu_blocks_override=120)
+    first = make_prompts([640], seed=9)[0]
+    prompts = [first, first[:500] + make_prompts([77], seed=10)[0]]
+    for _ in range(2):
+        outputs = engine.check(prompts, max_tokens=6)
+    assert max(output.num_cached_tokens for output in outputs) > 0, "nothing came from the prefix cache"
