@@ -46,7 +46,7 @@ NUM_DEPTHS = 10  # rows of a needle map
 QUICK = {"tasks": "niah,mk,mv", "lengths": "1024", "n": 24}
 
 
-SMALL_MODEL = EntryShape(head_dim=64, itemsize=2)
+SMALL_MODEL = EntryShape(head_dim=64, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def entry_of(model: Path) -> EntryShape:
     """An entry of the cache of a checkpoint served in its own dtype."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return EntryShape(head_dim, (config.dtype or torch.float32).itemsize)
+    return EntryShape(head_dim, config.dtype or torch.float32)
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fastkv_vllm.codecs import CODECS, EntryShape
+from fastkv_vllm.codecs import CODECS, EntryShape, best_channels
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
-from tests.reference.codecs import stored
+from tests.reference.codecs import channel_parts, stored
 
+ENTRY = EntryShape(64, torch.bfloat16)
 each_codec = pytest.mark.parametrize("name", CODECS)
 
 
@@ -20,28 +21,48 @@ def entries(num: int, head_dim: int, dtype: torch.dtype, seed: int) -> tuple[tor
 
 
 @each_codec
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(("head_dim", "channel_ratio"), [(32, 1.0), (64, 1.0), (128, 1.0), (64, 0.6), (128, 0.6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_round_trip_is_the_references(name: str, head_dim: int, dtype: torch.dtype) -> None:
-    codec = CODECS[name]
+def test_round_trip_is_the_references(name: str, head_dim: int, channel_ratio: float, dtype: torch.dtype) -> None:
+    codec, entry = CODECS[name], EntryShape(head_dim, dtype, channel_ratio)
     keys, values = entries(96, head_dim, dtype, seed=head_dim)
+    keys = keys[:, : entry.key_dim]
     data = codec.encode(keys, values)
     assert data.dtype == torch.uint8
-    assert list(data.shape) == [96 // codec.group_size, codec.num_bytes(head_dim)]
-    for got, want in zip(codec.decode(data, head_dim), stored(name, keys.float(), values.float()), strict=True):
+    assert list(data.shape) == [96 // codec.group_size, codec.num_bytes(entry)]
+    for got, want in zip(codec.decode(data, entry), stored(name, keys.float(), values.float()), strict=True):
         assert torch.equal(got, want)
 
 
 @each_codec
 def test_groups_stand_for_themselves(name: str) -> None:
     """Any group can be read without the others, so pages can be moved and shared."""
-    codec = CODECS[name]
+    codec, entry = CODECS[name], EntryShape(64, torch.float32)
     keys, values = entries(128, 64, torch.float32, seed=1)
     data = codec.encode(keys, values)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(2))
-    for whole, part in zip(codec.decode(data, 64), codec.decode(data[order], 64), strict=True):
+    for whole, part in zip(codec.decode(data, entry), codec.decode(data[order], entry), strict=True):
         groups = whole.unflatten(0, (len(data), -1))
         assert torch.equal(part.unflatten(0, (len(data), -1)), groups[order])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "channel_ratio", "key_dim"),
+    [(64, 0.6, 40), (128, 0.6, 80), (32, 0.6, 24), (64, 0.5, 32), (64, 0.01, 8), (64, 0.99, 64), (80, 1.0, 80)],
+)
+def test_stored_channels_are_a_multiple_of_8(head_dim: int, channel_ratio: float, key_dim: int) -> None:
+    assert EntryShape(head_dim, torch.bfloat16, channel_ratio).key_dim == key_dim
+
+
+def test_best_channels_are_those_of_the_largest_logits() -> None:
+    generator = torch.Generator().manual_seed(4)
+    queries, keys = torch.randn(8, 3, 64, generator=generator), torch.randn(50, 64, generator=generator)
+    parts = channel_parts(queries.flatten(0, 1), keys)
+    best = sorted(range(64), key=lambda i: -parts[i])[:40]
+    assert best_channels(queries, keys, 40).tolist() == sorted(best)
+    keys[:, 5] = queries[:, :, 9] = 0
+    assert {5, 9}.isdisjoint(best_channels(queries, keys, 62).tolist())
+    assert best_channels(queries * 0, keys, 3).tolist() == [0, 1, 2], "ties go to the lower channel"
 
 
 @pytest.mark.parametrize(
@@ -49,18 +70,18 @@ def test_groups_stand_for_themselves(name: str) -> None:
 )
 def test_entries_of_a_page(name: str, num_entries: int) -> None:
     """By hand: a bf16 page of 32 entries, head size 64, has 8192 bytes; int4 takes 2 * (4 + 32) of them an entry."""
-    assert CODECS[name].page_entries(32, EntryShape(64, 2)) == num_entries
+    assert CODECS[name].page_entries(32, ENTRY) == num_entries
 
 
 def test_pages_that_cannot_hold_a_codec_are_refused() -> None:
     with pytest.raises(ValueError, match="block-size must be a multiple of 32; got 16"):
-        CODECS["kivi2"].page_entries(16, EntryShape(64, 2))
-    with pytest.raises(ValueError, match="multiple of 64 channels or fewer; got 80"):
-        CODECS["int4"].page_entries(32, EntryShape(80, 2))
+        CODECS["kivi2"].page_entries(16, ENTRY)
+    with pytest.raises(ValueError, match="groups of equally many, 64 or fewer; got 75"):
+        CODECS["int4"].page_entries(32, EntryShape(75, torch.bfloat16))
     with pytest.raises(ValueError, match="multiple of 32 channels; got 80"):
-        CODECS["kivi4"].page_entries(32, EntryShape(80, 2))
+        CODECS["kivi4"].page_entries(32, EntryShape(80, torch.bfloat16))
     with pytest.raises(ValueError, match="must have room for more; 32 of head size 64 fit"):
-        CODECS["fp8"].page_entries(32, EntryShape(64, 1))
+        CODECS["fp8"].page_entries(32, EntryShape(64, torch.uint8))
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ TSP_KEYS = {
     "min_tsp_layer": 4,
     "max_tsp_tokens": 8192,
 }
+ENTRY = EntryShape(64, torch.bfloat16)
 EACH_METHOD = pytest.mark.parametrize("method", method_names())
 
 
@@ -49,6 +51,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "halting_loss": None,
         "evict_while_decoding": False,
         "codec": "none",
+        "channel_ratio": None,
         "residual_window": None,
         "encode_generated": False,
         "kernel_size": 7,
@@ -281,7 +284,8 @@ BAD = [
     *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
-    *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2") for value in ("int3", 4, True)],
+    *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2, exact") for value in ("int3", 4, True)],
+    ("channel_ratio", 0.6, "left out without a codec"),
     *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
     ("residual_window", 8, "left out without a codec"),
     *[("encode_generated", value, "true or false") for value in (0, 1, "true", None)],
@@ -325,15 +329,15 @@ def test_a_codec_leaves_the_window_and_excludes_what_would_choose_again() -> Non
 
 def test_a_plan_with_a_codec() -> None:
     """By hand: 2048 tokens, a fifth kept, 409; the last block is the tail, 12 of 32 are encoded in 384 / 113 pages."""
-    plan = CompressionConfig("snapkv", retention_ratio=0.2, codec="int4").plan(2048, 32, entry=EntryShape(64, 2))
+    plan = CompressionConfig("snapkv", retention_ratio=0.2, codec="int4").plan(2048, 32, entry=ENTRY)
     assert isinstance(plan, PromptPlan)
     assert (plan.num_tail, plan.num_whole_blocks, plan.num_pages, plan.num_kept) == (32, 63, 12, 416)
     assert (plan.page_entries, plan.num_stored_blocks, plan.num_freed_blocks) == (113, 4, 59)
-    ragged = CompressionConfig("adakv", retention_ratio=0.2, codec="int4").plan(2048, 32, entry=EntryShape(64, 2))
+    ragged = CompressionConfig("adakv", retention_ratio=0.2, codec="int4").plan(2048, 32, entry=ENTRY)
     assert isinstance(ragged, PromptPlan) and ragged.num_stored_blocks == 5
-    whole = CompressionConfig("snapkv", retention_ratio=1.0, codec="int8").plan(2048, 32, entry=EntryShape(64, 2))
+    whole = CompressionConfig("snapkv", retention_ratio=1.0, codec="int8").plan(2048, 32, entry=ENTRY)
     assert isinstance(whole, PromptPlan) and (whole.num_kept, whole.num_freed_blocks) == (2048, 63 - 34)
-    wide = CompressionConfig("snapkv", codec="int4", residual_window=100).plan(2001, 32, entry=EntryShape(64, 2))
+    wide = CompressionConfig("snapkv", codec="int4", residual_window=100).plan(2001, 32, entry=ENTRY)
     assert isinstance(wide, PromptPlan) and (wide.num_whole_blocks, wide.num_tail) == (59, 113)
 
 
@@ -345,7 +349,7 @@ def test_room_for_what_is_encoded_later_is_in_the_plan() -> None:
     """
     whole = {"codec": "kivi2", "retention_ratio": 1.0, "residual_window": 100, "encode_generated": True}
     config = CompressionConfig("snapkv", **whole)
-    plan = config.plan(2048, 32, entry=EntryShape(64, 2))
+    plan = config.plan(2048, 32, entry=ENTRY)
     assert isinstance(plan, PromptPlan)
     assert (plan.num_pages, plan.num_tail, plan.num_awaited) == (60, 128, 128)
     assert (plan.num_stored_blocks, plan.num_freed_blocks) == (13, 47)
@@ -363,10 +367,23 @@ def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:
             CompressionConfig(method, codec="int4", encode_generated=True)
 
 
+def test_an_entry_without_some_channels_of_its_key() -> None:
+    """By hand: 40 of 64 channels and the value are 208 of 256 bytes, so that a page of 32 holds 39."""
+    assert CompressionConfig("snapkv", codec="int4").channel_ratio == 1.0
+    for codec, num_entries in (("exact", 39), ("kivi2", 192), ("int8", 8192 // (44 + 68))):
+        config = CompressionConfig("snapkv", codec=codec, channel_ratio=0.6)
+        assert config.page_entries(32, ENTRY) == num_entries
+    for share in (0, 1.1, "0.5", True):
+        with pytest.raises(ValueError, match=r"channel_ratio must be in \(0, 1\]; got"):
+            CompressionConfig("snapkv", codec="exact", channel_ratio=share)
+    with pytest.raises(ValueError, match="codec 'exact': a page of 32 entries must have room for more; 32 of head"):
+        CompressionConfig("snapkv", codec="exact").page_entries(32, ENTRY)
+
+
 def test_a_codec_that_does_not_fit_is_refused() -> None:
     config = CompressionConfig("snapkv", codec="kivi2")
     with pytest.raises(ValueError, match="kv_compression_config: codec 'kivi2': --block-size must be a multiple of 32"):
-        config.page_entries(16, EntryShape(64, 2))
+        config.page_entries(16, ENTRY)
 
 
 LIMITS: list[dict[str, Any]] = [
@@ -720,10 +737,10 @@ def test_any_json_is_a_configuration_or_one_clear_error(method: str, mapping: An
     try:
         config = CompressionConfig.from_mapping(method, mapping)
         for num_tokens in (1, 31, 600, 4000):
-            config.plan(num_tokens, 32, entry=EntryShape(64, 2))
+            config.plan(num_tokens, 32, entry=ENTRY)
         assert CompressionConfig(**config.to_mapping()) == config
         if not any(isinstance(value, str) for value in (config.head_weights, config.layer_shares, config.layer_owners)):
             filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=4096)
-            filled.plan(4000, 32, entry=EntryShape(64, 2))
+            filled.plan(4000, 32, entry=ENTRY)
     except ValueError as error:
         assert str(error).startswith("kv_compression_config") and "\n" not in str(error)

@@ -169,7 +169,7 @@ class Choice:
 def entry_shape(vllm_config: VllmConfig) -> EntryShape:
     """An entry of the cache that an engine of this configuration has."""
     model = vllm_config.model_config
-    return EntryShape(model.get_head_size(), model.dtype.itemsize)
+    return EntryShape(model.get_head_size(), model.dtype)
 
 
 def _shown(text: str) -> str:

@@ -16,7 +16,6 @@ from fastkv_vllm.adapter.ragged import HeadPages, PagePool, SharedPages, blocks_
 from fastkv_vllm.adapter.ranks import rank_of, shared_pages
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.step import WorkerStats
-from fastkv_vllm.codecs import CODECS
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods import DENSITY, RankWatch, density, halting_pages, kept_norms, last_attention
 
@@ -42,6 +41,7 @@ class Compressor:
             this step.
         kept: request -> columns of each layer that stay before the tail, head after head, of prompts that ended in
             this step and whose entries are evicted while decoding.
+        voters: request -> queries of each layer's voters, [W, Hq, D], of prompts whose keys lose channels in this step.
         halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
         densities: request -> density of each layer added over all heads, of prompts whose layers share by it.
         windows: (request, layer) -> queries of the voters by position, [W, Hq, D].
@@ -66,6 +66,7 @@ class Compressor:
         self.held: dict[str, Held] = {}
         self.scored: dict[str, list[torch.Tensor]] = {}
         self.kept: dict[str, list[torch.Tensor]] = {}
+        self.voters: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
         self.densities: dict[str, list[float]] = {}
         self._moves: list[Move] = []
@@ -88,6 +89,7 @@ class Compressor:
         self.watches.clear()
         self.scored.clear()
         self.kept.clear()
+        self.voters.clear()
         self.halted.clear()
         self.densities.clear()
         self._moves.clear()
@@ -272,9 +274,7 @@ class Compressor:
             elif plan.page_entries is None:
                 held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
             else:
-                assert prefill.recipe.config.codec is not None, "the plan has one"
-                codec = CODECS[prefill.recipe.config.codec]
-                held = EncodedPages.share(plan, counts, codec, pool, prefill.destination)
+                held = EncodedPages.share(plan, counts, prefill.recipe.config, pool, prefill.destination)
             kept = [
                 select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
                 for layer, count in zip(scores, counts, strict=True)
@@ -284,7 +284,8 @@ class Compressor:
             self.kept[prefill.request_id] = kept
         with self._timed("compact_us"):
             num_seen = [layer.shape[1] for layer in scores]
-            self._moves += uneven_moves(prefill, pool, held, kept, num_seen, by_block)
+            voters = self.voters.get(prefill.request_id, ())
+            self._moves += uneven_moves(prefill, pool, held, kept, num_seen, by_block, voters)
 
     def _keep_window(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> None:
         """Remember the queries of those voters that are in a chunk before the last."""
@@ -320,7 +321,7 @@ class Compressor:
         kv_cache: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """What the method's `score` takes, or nothing where the prompt goes on: what it will need is kept."""
-        needs, ends = prefill.recipe.method.needs, prefill.destination is not None
+        needs, ends = prefill.recipe.needs, prefill.destination is not None
         inputs = {}
         if "queries" in needs and not ends:
             self._keep_window(prefill, layer, query)
@@ -336,8 +337,10 @@ class Compressor:
             if prefill.plan.evicts:
                 # A copy: a view would keep all rows of the step.
                 self.windows[prefill.request_id, layer] = window[-prefill.plan.window_size :].clone()
+            if prefill.recipe.config.drops_channels:
+                self.voters.setdefault(prefill.request_id, []).append(window)
             inputs["queries"] = window * scale
-        return {name: inputs[name] for name in needs}
+        return {name: inputs[name] for name in prefill.recipe.method.needs}
 
     def _keys(self, prefill: PrefillRows, key: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """Keys of all entries so far, [H, n, D]."""

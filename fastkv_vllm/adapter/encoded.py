@@ -11,7 +11,8 @@ import torch
 
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool
 from fastkv_vllm.cache import PromptPlan
-from fastkv_vllm.codecs import Codec
+from fastkv_vllm.codecs import CODECS, Codec, EntryShape, best_channels
+from fastkv_vllm.config import CompressionConfig
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,37 @@ class EncodedPages:
         counts: pages that attention sees of each layer and head, once decoded, [L, H] int64.
         stored: pages that hold the bytes.
         codec: how.
+        entry: what an entry is, and what of its key is stored.
+        channels: those of each layer's and head's keys that are stored, ascending, [L, H, Dk] int64, once they are
+            chosen; None: all.
     """
 
     num_whole: int
     counts: torch.Tensor
     stored: HeadPages
     codec: Codec
+    entry: EntryShape
+    channels: torch.Tensor | None
 
     @classmethod
     def share(
-        cls, plan: PromptPlan, counts: torch.Tensor, codec: Codec, pool: PagePool, destination: Sequence[int]
+        cls,
+        plan: PromptPlan,
+        counts: torch.Tensor,
+        config: CompressionConfig,
+        pool: PagePool,
+        destination: Sequence[int],
     ) -> "EncodedPages":
         """Give each layer and head what its encoded entries need of the destination blocks, see `HeadPages.share`."""
+        assert config.codec is not None, "filled in by CompressionConfig"
         stored = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, destination)
-        return cls(plan.num_whole_blocks, counts, stored, codec)
+        entry = config.stored_entry(EntryShape(pool.layout.head_dim, pool.cache.dtype))
+        channels = counts.new_zeros(*counts.shape, entry.key_dim) if entry.key_dim < entry.head_dim else None
+        return cls(plan.num_whole_blocks, counts, stored, CODECS[config.codec], entry, channels)
 
     def places(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and place in it of each group of a layer, head after head, [groups] int64 each."""
-        per_page = grid(pool, self.codec).shape[1]
+        per_page = self.grid(pool).shape[1]
         of_heads = self.counts[layer] * (pool.layout.block_size // self.codec.group_size)
         heads = torch.arange(len(of_heads)).repeat_interleave(of_heads)
         number = torch.arange(len(heads)) - (of_heads.cumsum(0) - of_heads)[heads]
@@ -53,7 +67,7 @@ class EncodedPages:
 
     def last_places(self, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and place in it of each group of the last block, [L, H, groups] int64 each."""
-        per_page = grid(pool, self.codec).shape[1]
+        per_page = self.grid(pool).shape[1]
         groups = pool.layout.block_size // self.codec.group_size
         number = (self.counts.unsqueeze(-1) - 1) * groups + torch.arange(groups)
         return self.stored.pages.gather(2, number // per_page), number % per_page
@@ -67,9 +81,44 @@ class EncodedPages:
         taken = torch.arange(self.stored.pages.shape[2]) < self.stored.counts.unsqueeze(-1)
         pool.cache[self.stored.pages[taken]] = 0
 
+    def grid(self, pool: PagePool) -> torch.Tensor:
+        """The pool's bytes as places of groups, [pages, groups of a page, B] uint8; a view."""
+        pages = pool.cache.view(torch.uint8).flatten(1)
+        num_bytes = self.codec.num_bytes(self.entry)
+        per_page = pages.shape[1] // num_bytes
+        return pages.as_strided((pages.shape[0], per_page, num_bytes), (pages.shape[1], num_bytes, 1))
+
+    def choose_channels(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        """Choose which channels of a layer's keys are stored, once.
+
+        Args:
+            layer: index of the layer.
+            queries: of the voters, [W, Hq, D].
+            keys: that are to be stored, head after head, [entries, D].
+        """
+        assert self.channels is not None, "all are stored"
+        counts = self.counts[layer]
+        groups, heads = queries.chunk(len(counts), dim=1), keys.split((counts * (len(keys) // counts.sum())).tolist())
+        for head, (group, own) in enumerate(zip(groups, heads, strict=True)):
+            self.channels[layer, head] = best_channels(group, own, self.entry.key_dim)
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, channels: torch.Tensor | None) -> torch.Tensor:
+        """Bytes of entries, [n, D] each, of whose keys channels [n, Dk] are stored, or all."""
+        return self.codec.encode(keys if channels is None else keys.gather(1, channels), values)
+
     def decode(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, head after head, [entries, D] float32 each."""
-        return self.codec.decode(grid(pool, self.codec)[self.places(layer, pool)], pool.layout.head_dim)
+        """Keys and values of a layer, head after head, [entries, D] float32 each; zeros in channels not stored."""
+        keys, values = self.codec.decode(self.grid(pool)[self.places(layer, pool)], self.entry)
+        channels = self.channels_of(layer, pool.layout.block_size)
+        if channels is None:
+            return keys, values
+        return torch.zeros_like(values).scatter_(1, channels, keys), values
+
+    def channels_of(self, layer: int, block_size: int) -> torch.Tensor | None:
+        """Channels of each entry of a layer that are stored, head after head, [entries, Dk]; None: all."""
+        if self.channels is None:
+            return None
+        return self.channels[layer].repeat_interleave(self.counts[layer] * block_size, dim=0)
 
 
 Held = HeadPages | EncodedPages
@@ -83,14 +132,6 @@ def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
     if plan.page_entries is None:
         return counts
     return -(-(counts * plan.block_size + plan.num_awaited) // plan.page_entries)
-
-
-def grid(pool: PagePool, codec: Codec) -> torch.Tensor:
-    """The pool's bytes as places of groups, [pages, groups of a page, B] uint8; a view."""
-    pages = pool.cache.view(torch.uint8).flatten(1)
-    num_bytes = codec.num_bytes(pool.layout.head_dim)
-    per_page = pages.shape[1] // num_bytes
-    return pages.as_strided((pages.shape[0], per_page, num_bytes), (pages.shape[1], num_bytes, 1))
 
 
 class EncodedReads(HeadReads):

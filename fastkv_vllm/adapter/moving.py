@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from fastkv_vllm.adapter.batch import PrefillRows
-from fastkv_vllm.adapter.encoded import EncodedPages, Held, grid
+from fastkv_vllm.adapter.encoded import EncodedPages, Held
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 
@@ -108,6 +108,7 @@ def uneven_moves(
     kept: Sequence[torch.Tensor],
     num_seen: Sequence[int],
     by_block: torch.Tensor | None,
+    voters: Sequence[torch.Tensor],
 ) -> list[Move]:
     """The kept entries of all layers to the pages that hold them from now on, and tails to their slots.
 
@@ -118,6 +119,7 @@ def uneven_moves(
         kept: of each layer, columns that stay before the tail, head after head.
         num_seen: of each layer, columns before the tail.
         by_block: page of each block of each layer and head, [L, H, blocks]; None: its own.
+        voters: of each layer, queries of the voters, [W, Hq, D], where not all channels of the keys are stored.
     """
     plan, moves = prefill.plan, list[Move]()
     for layer, entries in enumerate(kept):
@@ -130,7 +132,10 @@ def uneven_moves(
             pages = by_block[layer, heads, entries // plan.block_size]
         keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
         if isinstance(held, EncodedPages):
-            moves.append(Overwrite(grid(pool, held.codec), held.places(layer, pool), held.codec.encode(keys, values)))
+            if held.channels is not None:
+                held.choose_channels(layer, voters[layer], keys)
+            codes = held.encode(keys, values, held.channels_of(layer, plan.block_size))
+            moves.append(Overwrite(held.grid(pool), held.places(layer, pool), codes))
         else:
             slots = held.slots(layer, plan.block_size)
             moves.append(EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
@@ -146,8 +151,11 @@ def encoding_move(held: EncodedPages, pool: PagePool, block: int) -> Overwrite:
     keys, values = (
         read(pool.cache, pages, num_entries)[0] for read in (pool.layout.read_keys, pool.layout.read_values)
     )
-    codes = held.codec.encode(keys, values).unflatten(0, (*held.counts.shape, -1))  # [L, H, groups, B]
-    return Overwrite(grid(pool, held.codec), held.last_places(pool), codes)
+    channels = held.channels
+    if channels is not None:
+        channels = channels.flatten(0, 1).repeat_interleave(pool.layout.block_size, dim=0)
+    codes = held.encode(keys, values, channels).unflatten(0, (*held.counts.shape, -1))  # [L, H, groups, B]
+    return Overwrite(held.grid(pool), held.last_places(pool), codes)
 
 
 def _tail_move(prefill: PrefillRows, pool: PagePool, layer: int, num_seen: int) -> EntryMove:

@@ -21,6 +21,11 @@ class Recipe:
     method: Method
     allocator: Allocator
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What is needed of a layer: the inputs of `score`, and queries to choose channels of keys by."""
+        return (*self.method.needs, "queries") if self.config.drops_channels else self.method.needs
+
 
 @lru_cache(maxsize=128)
 def recipe_of(config: CompressionConfig) -> Recipe:

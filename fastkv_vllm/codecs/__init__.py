@@ -2,6 +2,8 @@
 
 from fastkv_vllm.codecs.affine import AffineCodec
 from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.codecs.channels import best_channels
+from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
 from fastkv_vllm.codecs.kivi import KiviCodec
 
@@ -12,6 +14,7 @@ CODECS: dict[str, Codec] = {
     "int2": AffineCodec(2),
     "kivi4": KiviCodec(4),
     "kivi2": KiviCodec(2),
+    "exact": ExactCodec(),
 }
 
-__all__ = ["CODECS", "AffineCodec", "Codec", "EntryShape", "Float8Codec", "KiviCodec"]
+__all__ = ["CODECS", "AffineCodec", "Codec", "EntryShape", "ExactCodec", "Float8Codec", "KiviCodec", "best_channels"]

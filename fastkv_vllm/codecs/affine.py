@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import Codec
+from fastkv_vllm.codecs.base import Codec, EntryShape
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
 
-CHANNELS = 64  # of a group, or all of a narrower head
+CHANNELS = 64  # of a group at most
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,29 @@ class AffineCodec(Codec):
 
     num_bits: int
 
-    def num_bytes(self, head_dim: int) -> int:
-        channels = min(CHANNELS, head_dim)
-        if head_dim % channels:
-            raise ValueError(f"heads must have a multiple of {CHANNELS} channels or fewer; got {head_dim}")
-        return 2 * (head_dim // channels) * group_bytes(channels, self.num_bits)
+    def num_bytes(self, entry: EntryShape) -> int:
+        return self._num_bytes(entry.key_dim) + self._num_bytes(entry.head_dim)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        channels = min(CHANNELS, keys.shape[-1])
-        entries = torch.stack([keys, values], dim=1).unflatten(-1, (-1, channels))  # [N, 2, D / channels, channels]
-        return quantise(entries, self.num_bits).flatten(1)
+        parts = (x.unflatten(-1, (-1, _channels(x.shape[-1]))) for x in (keys, values))  # [N, groups, channels]
+        return torch.cat([quantise(groups, self.num_bits).flatten(1) for groups in parts], dim=1)
 
-    def decode(self, data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        num_groups = head_dim // min(CHANNELS, head_dim)
-        entries = dequantise(data.view(len(data), 2, num_groups, -1), self.num_bits).flatten(2)
-        return entries[:, 0], entries[:, 1]
+    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
+        of_keys = self._num_bytes(entry.key_dim)
+        keys, values = (
+            dequantise(part.unflatten(1, (size // _channels(size), -1)), self.num_bits).flatten(1)
+            for part, size in ((data[:, :of_keys], entry.key_dim), (data[:, of_keys:], entry.head_dim))
+        )
+        return keys, values
+
+    def _num_bytes(self, size: int) -> int:
+        """Bytes of a key or a value of so many elements."""
+        return size // _channels(size) * group_bytes(_channels(size), self.num_bits)
+
+
+def _channels(size: int) -> int:
+    """Channels of a group: 64, or as many in each of the fewest groups of no more."""
+    num_groups = -(-size // CHANNELS)
+    if size % num_groups:
+        raise ValueError(f"heads must have channels for groups of equally many, {CHANNELS} or fewer; got {size}")
+    return size // num_groups

@@ -1,5 +1,6 @@
 """What a codec is: bytes for a group of entries, and the entries back."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,19 +10,28 @@ import torch
 
 @dataclass(frozen=True)
 class EntryShape:
-    """An entry of the engine's cache: a key and a value of one KV head.
+    """An entry of the engine's cache: a key and a value of one KV head, and what of its key is stored.
 
     Fields:
         head_dim: elements of each (D).
-        itemsize: bytes of an element.
+        dtype: of an element.
+        channel_ratio: share of a key's elements that a codec stores, (0, 1].
     """
 
     head_dim: int
-    itemsize: int
+    dtype: torch.dtype
+    channel_ratio: float = 1.0
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.head_dim * self.itemsize
+        """As the engine has it."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of a key that are stored (Dk), rounded up to a multiple of 8: codes then fill bytes."""
+        wished = math.ceil(round(self.head_dim * self.channel_ratio, 6))  # 0.55 * 100 is a little more than 55
+        return min(-(-wished // 8) * 8, self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,28 @@ class Codec(ABC):
     group_size: ClassVar[int] = 1
 
     @abstractmethod
-    def num_bytes(self, head_dim: int) -> int:
+    def num_bytes(self, entry: EntryShape) -> int:
         """Bytes of a group.
 
         Raises:
-            ValueError: keys of so many elements cannot be encoded.
+            ValueError: keys or values of so many elements cannot be encoded.
         """
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Bytes of entries, keys and values [N, D], N a multiple of `group_size` -> [N / group_size, B] uint8."""
+        """Bytes of entries.
+
+        Args:
+            keys: [N, Dk], N a multiple of `group_size`.
+            values: [N, D].
+
+        Returns:
+            [N / group_size, B] uint8.
+        """
 
     @abstractmethod
-    def decode(self, data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of groups, [g, B] uint8 -> [g * group_size, D] float32 each."""
+    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [g * group_size, Dk] and values [g * group_size, D] of groups [g, B] uint8, float32 each."""
 
     def page_entries(self, block_size: int, entry: EntryShape) -> int:
         """Entries that fit into the bytes of a page of `block_size` entries of the model's dtype.
@@ -64,10 +82,10 @@ class Codec(ABC):
         """
         if block_size % self.group_size:
             raise ValueError(f"--block-size must be a multiple of {self.group_size}; got {block_size}")
-        num_entries = block_size * entry.num_bytes // self.num_bytes(entry.head_dim) * self.group_size
+        num_entries = block_size * entry.num_bytes // self.num_bytes(entry) * self.group_size
         if num_entries <= block_size:
             raise ValueError(
                 f"a page of {block_size} entries must have room for more; {num_entries} of head size "
-                f"{entry.head_dim} fit where an element has {entry.itemsize} bytes"
+                f"{entry.head_dim} fit where an element has {entry.dtype.itemsize} bytes"
             )
         return num_entries

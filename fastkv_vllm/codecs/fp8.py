@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import Codec
+from fastkv_vllm.codecs.base import Codec, EntryShape
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Float8Codec(Codec):
     source: ClassVar[str] = "OCP 8-bit floating point, e4m3"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
 
-    def num_bytes(self, head_dim: int) -> int:
-        return 2 * head_dim
+    def num_bytes(self, entry: EntryShape) -> int:
+        return entry.key_dim + entry.head_dim
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         largest = torch.finfo(self.dtype).max
         return torch.cat([keys, values], dim=1).float().clamp(-largest, largest).to(self.dtype).view(torch.uint8)
 
-    def decode(self, data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = data.contiguous().view(self.dtype).float().split(head_dim, dim=1)
+    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = data.contiguous().view(self.dtype).float().split([entry.key_dim, entry.head_dim], dim=1)
         return keys, values

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import Codec
+from fastkv_vllm.codecs.base import Codec, EntryShape
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
 
 
@@ -27,11 +27,12 @@ class KiviCodec(Codec):
 
     num_bits: int
 
-    def num_bytes(self, head_dim: int) -> int:
-        if head_dim % self.channels:
-            raise ValueError(f"heads must have a multiple of {self.channels} channels; got {head_dim}")
-        of_keys = head_dim * group_bytes(self.group_size, self.num_bits)
-        return of_keys + self.group_size * (head_dim // self.channels) * group_bytes(self.channels, self.num_bits)
+    def num_bytes(self, entry: EntryShape) -> int:
+        if entry.head_dim % self.channels:
+            raise ValueError(f"heads must have a multiple of {self.channels} channels; got {entry.head_dim}")
+        of_keys = entry.key_dim * group_bytes(self.group_size, self.num_bits)
+        groups = self.group_size * entry.head_dim // self.channels
+        return of_keys + groups * group_bytes(self.channels, self.num_bits)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         by_channel = keys.unflatten(0, (-1, self.group_size)).transpose(1, 2)  # [g, D, 32]
@@ -39,9 +40,9 @@ class KiviCodec(Codec):
         parts = [quantise(groups, self.num_bits).flatten(1) for groups in (by_channel, by_token)]
         return torch.cat(parts, dim=1)
 
-    def decode(self, data: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        of_keys = head_dim * group_bytes(self.group_size, self.num_bits)
-        by_channel = data[:, :of_keys].unflatten(1, (head_dim, -1))
-        by_token = data[:, of_keys:].unflatten(1, (self.group_size, head_dim // self.channels, -1))
+    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
+        of_keys = entry.key_dim * group_bytes(self.group_size, self.num_bits)
+        by_channel = data[:, :of_keys].unflatten(1, (entry.key_dim, -1))
+        by_token = data[:, of_keys:].unflatten(1, (self.group_size, entry.head_dim // self.channels, -1))
         keys = dequantise(by_channel, self.num_bits).transpose(1, 2).flatten(0, 1)
         return keys, dequantise(by_token, self.num_bits).flatten(2).flatten(0, 1)

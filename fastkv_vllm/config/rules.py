@@ -130,10 +130,13 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     fill_in(config, "codec", cls.default_codec or NO_CODEC)
     check(config.codec in (NO_CODEC, *CODECS), "codec", f"one of {', '.join((NO_CODEC, *CODECS))}", config)
     if config.codec == NO_CODEC:
-        check(config.residual_window is None, "residual_window", "left out without a codec", config)
+        for name in ("residual_window", "channel_ratio"):
+            check(getattr(config, name) is None, name, "left out without a codec", config)
         return
     rule = f"{NO_CODEC!r}: {config.method} moves its entries before the prompt ends, or reads tokens again"
     check(not (cls.streams or cls.reads_again), "codec", rule, config)
+    fill_in(config, "channel_ratio", 1.0)
+    check(is_share(config.channel_ratio), "channel_ratio", "in (0, 1]", config)
     fill_in(config, "residual_window", max(config.window_size, cls.default_residual_window))
     low, value, high = config.window_size, config.residual_window, config.min_tokens
     rule = f"at least window_size = {low} and less than min_tokens = {high}"

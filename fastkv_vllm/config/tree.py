@@ -55,6 +55,8 @@ class CompressionConfig:
             prompt kept, and as many entries stay as before; None: the method's own. Without it they all stay.
         codec: how kept entries are stored, a name in `codecs.CODECS`; "none": in the model's dtype; None: the method's
             own, mostly none.
+        channel_ratio: share of the channels of its keys that a KV head stores with a codec, those with the largest part
+            in the logits of the last `window_size` queries, (0, 1]; rounded up to a multiple of 8; None: all.
         residual_window: last tokens that a codec leaves in the model's dtype; None: the method's own, the window at
             least.
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
@@ -95,6 +97,7 @@ class CompressionConfig:
     halting_loss: float | None = None
     evict_while_decoding: bool | None = None
     codec: str | None = None
+    channel_ratio: float | None = None
     residual_window: int | None = None
     encode_generated: bool = False
     layer_owners: str | tuple[int, ...] | None = None
@@ -285,6 +288,15 @@ class CompressionConfig:
         )
         return Allocator(self.layer_budgets, self.head_budgets, options)
 
+    @property
+    def drops_channels(self) -> bool:
+        """Whether less than all of a key may be stored."""
+        return self.channel_ratio is not None and self.channel_ratio < 1
+
+    def stored_entry(self, entry: EntryShape) -> EntryShape:
+        """An entry of the engine's cache, and what of its key is stored with a codec."""
+        return dataclasses.replace(entry, channel_ratio=self.channel_ratio or 1.0)
+
     def page_entries(self, block_size: int, entry: EntryShape) -> int | None:
         """Encoded entries that a page has room for; None: entries are stored as they are.
 
@@ -295,7 +307,7 @@ class CompressionConfig:
             return None
         assert self.codec is not None, "filled in by __post_init__"
         try:
-            return CODECS[self.codec].page_entries(block_size, entry)
+            return CODECS[self.codec].page_entries(block_size, self.stored_entry(entry))
         except ValueError as error:
             raise ValueError(f"kv_compression_config: codec {self.codec!r}: {error}") from error
 

@@ -3,13 +3,16 @@
 import random
 from collections.abc import Sequence
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import tests.reference.budgets
+import tests.reference.codecs
 import tests.reference.model
 import tests.reference.selection
 from fastkv_vllm.cache import LeftAlone, PromptPlan
@@ -19,7 +22,7 @@ from tests.reference import Drop, Generation, ReferenceModel
 from tests.reference.images import num_after_image
 
 BLOCK_SIZE = 32
-ENTRY = EntryShape(head_dim=32, itemsize=4)  # of the checkpoints that codecs are tested on
+ENTRY = EntryShape(head_dim=32, dtype=torch.float32)  # of the checkpoints that codecs are tested on
 
 
 def make_prompts(lengths: list[int], seed: int = 0) -> list[tuple[int, ...]]:
@@ -65,6 +68,7 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         stream_period=None if plan.streaming is None else plan.streaming.period * BLOCK_SIZE,
         codec=None if config.codec == "none" else config.codec,
         encoded_to=None if config.codec == "none" else plan.num_whole_blocks * BLOCK_SIZE,
+        num_channels=8 * ceil(config.channel_ratio * ENTRY.head_dim / 8) if config.drops_channels else None,
         encode_after=BLOCK_SIZE if plan.encodes else None,
         residual=plan.residual if plan.encodes else 0,
         layer_owners=plan.layer_owners,
@@ -153,7 +157,7 @@ def tolerance(config: CompressionConfig | None) -> float:
     reference's own logprobs by up to 6e-3, once by 2e-2 with codes of two bits; another codec by more than 0.5. Where
     what is generated is encoded, later codes differ because earlier ones do: twice as much.
     """
-    if config is None or config.codec == "none":
+    if config is None or config.codec in ("none", "exact"):
         return 2e-4
     return (2e-2 if config.codec.endswith("2") else 1e-2) * (2 if config.encode_generated else 1)
 
@@ -179,6 +183,7 @@ def _generate(
     select, best_by_head = tests.reference.model.select_positions, tests.reference.budgets.best_by_head
     losses_by_count = tests.reference.budgets.losses_by_count
     relative_variance = tests.reference.selection.relative_variance
+    channel_parts = tests.reference.codecs.channel_parts
     by_density, hand_out = tests.reference.budgets.by_density, tests.reference.budgets.hand_out
     wishes: list[list[float]] = []  # of layers by density
 
@@ -228,6 +233,12 @@ def _generate(
             gaps.append((min(given) - max(refused)) / 100 if given and refused else 1.0)
         return pages
 
+    def part_and_measure(*args: Any) -> list[float]:
+        parts = channel_parts(*args)
+        last, first_out = sorted(parts, reverse=True)[drop.num_channels - 1 : drop.num_channels + 1]
+        gaps.append((last - first_out) / last)
+        return parts
+
     def vary_and_measure(drop: Drop, *ratings: Any) -> float:
         left = relative_variance(drop, *ratings)
         gaps.append(abs(left - drop.rank_variance) / 10)  # noise swaps a few equal ranks: a thousandth is far away
@@ -235,6 +246,7 @@ def _generate(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tests.reference.selection, "relative_variance", vary_and_measure)
+        patch.setattr(tests.reference.codecs, "channel_parts", part_and_measure)
         patch.setattr(tests.reference.budgets, "by_density", wish_and_remember)
         patch.setattr(tests.reference.budgets, "hand_out", hand_out_and_measure)
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)

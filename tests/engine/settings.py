@@ -60,6 +60,9 @@ ENCODED = {
         TSP | {"layer_budgets": "pyramid", "head_budgets": "adaptive", "codec": "kivi4"},
     ),
     "dbudgetkv-int4": ("dbudgetkv", HALTING | {"codec": "int4"}),
+    "snapkv-exact": ("snapkv", SMALL | {"codec": "exact", "channel_ratio": 0.6, "residual_window": 32}),
+    "h2o-kivi4-channels": ("h2o", SMALL | {"codec": "kivi4", "channel_ratio": 0.5}),
+    "fastkv-adaptive-exact": ("fastkv", TSP | {"head_budgets": "adaptive", "codec": "exact", "channel_ratio": 0.4}),
     "streamingllm-whole-kivi4": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "codec": "kivi4"}),
 }
 # Those whose generated tokens are encoded, too.
@@ -72,7 +75,10 @@ KIVI = {
 }
 ENCODING = {
     "kivi": ("streamingllm", KIVI),
-    "fastkv-int8": ("fastkv", TSP | {"codec": "int8", "residual_window": 100, "encode_generated": True}),
+    "fastkv-int8": (
+        "fastkv",
+        TSP | {"codec": "int8", "channel_ratio": 0.7, "residual_window": 100, "encode_generated": True},
+    ),
 }
 # Layers 3, 5 and 7 of 8 read the entries of others, on their own side of the TSP layer.
 OWNERS = [0, 1, 2, 0, 4, 4, 6, 4]
@@ -106,5 +112,6 @@ REQUESTS = {
     "kivi": ("streamingllm", KIVI | {"codec": "kivi4"}),
     "sharing": SHARING["sharing"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
+    "snapkv-exact": ("snapkv", SMALL | {"codec": "exact", "channel_ratio": 0.6, "residual_window": 32}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -6,6 +6,7 @@ from torch import Tensor
 AFFINE = {"int8": 8, "int4": 4, "int2": 2}
 KIVI = {"kivi4": 4, "kivi2": 2}
 FLOAT8 = ("fp8",)
+EXACT = ("exact",)
 
 
 def stored(codec: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,14 +16,28 @@ def stored(codec: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     of 32 tokens, values in groups of 32 channels. fp8: e4m3 without a scale.
     """
     if codec in AFFINE:
-        width = min(64, keys.shape[1])
-        return rounded(keys, width, AFFINE[codec]), rounded(values, width, AFFINE[codec])
+        parts = []
+        for entries in (keys, values):
+            size = entries.shape[1]
+            width = max(n for n in range(1, 65) if size % n == 0 and size // n == -(-size // 64))
+            parts.append(rounded(entries, width, AFFINE[codec]))
+        return tuple(parts)
     if codec in KIVI:
         by_channel = rounded(keys.T, 32, KIVI[codec]).T
         return by_channel, rounded(values, 32, KIVI[codec])
+    if codec in EXACT:
+        return keys.clone(), values.clone()
     if codec in FLOAT8:
         return tuple(x.clamp(-448, 448).to(torch.float8_e4m3fn).float() for x in (keys, values))
-    raise ValueError(f"codec must be one of {', '.join((*AFFINE, *KIVI, *FLOAT8))}; got {codec!r}")
+    raise ValueError(f"codec must be one of {', '.join((*AFFINE, *KIVI, *FLOAT8, *EXACT))}; got {codec!r}")
+
+
+def channel_parts(queries: Tensor, keys: Tensor) -> list[float]:
+    """How much each channel adds to the logits of queries [n, D] and keys [N, D]: norm of those it alone makes.
+
+    Source: ThinK, arXiv 2407.21018, section 3.
+    """
+    return [float(torch.outer(q, k).norm()) for q, k in zip(queries.T, keys.T, strict=True)]
 
 
 def rounded(rows: Tensor, width: int, num_bits: int) -> Tensor:

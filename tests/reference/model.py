@@ -54,6 +54,7 @@ class _Layer:
     queries: of the last tokens, those that may vote, [Hq, at most window_size, D].
     votes: of all queries for each entry, of each head [N]; empty where they do not vote.
     num_stored: of each head, the first entries, which its codec has stored.
+    channels: of each head, of its keys those that are stored.
     """
 
     weights: dict[str, Tensor]
@@ -62,6 +63,7 @@ class _Layer:
     queries: Tensor
     votes: list[Tensor]
     num_stored: list[int] = field(default_factory=list)
+    channels: list[list[int]] = field(default_factory=list)
 
 
 class ReferenceModel:
@@ -147,7 +149,7 @@ class ReferenceModel:
         """Run the prompt: the last layer's hidden rows, the layers after dropping, kept, cuts: layer -> tsp_indices."""
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
-        layers, seen, rated, attention, densities, cuts = [], [], [], [], [], {}
+        layers, seen, rated, voters, attention, densities, cuts = [], [], [], [], [], [], {}
         visible, held = _stream(drop, len(prompt))
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
@@ -158,6 +160,7 @@ class ReferenceModel:
             seen.append(positions)
             if drop is not None:
                 layers[-1].queries = queries[:, -drop.window_size :]
+                voters.append(queries[:, -drop.num_voters :])
                 votes = _votes(queries, keys, positions, drop)
                 if drop.decay is not None:
                     layers[-1].votes = list(votes)
@@ -183,7 +186,9 @@ class ReferenceModel:
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
                 if drop.codec is not None:
                     layer.num_stored = [0] * len(stay)
-                    _store(layer, [int((positions < drop.encoded_to).sum()) for positions in stay], drop)
+                    counts = [int((positions < drop.encoded_to).sum()) for positions in stay]
+                    layer.channels = _channels(layer, voters[index], counts, drop)
+                    _store(layer, counts, drop)
                 if layer.votes:
                     layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
@@ -339,12 +344,27 @@ def _take(cache: Sequence[Tensor], positions: Tensor, stay: Sequence[Tensor]) ->
     return [head[torch.searchsorted(positions, chosen)] for head, chosen in zip(cache, stay, strict=True)]
 
 
+def _channels(layer: _Layer, voters: Tensor, counts: Sequence[int], drop: Drop) -> list[list[int]]:
+    """Channels of its keys that each head stores, chosen by the first so many of them."""
+    if drop.num_channels is None:
+        return [list(range(voters.shape[-1]))] * len(counts)
+    chosen = []
+    for group, keys, count in zip(voters.chunk(len(counts)), layer.keys, counts, strict=True):
+        parts = tests.reference.codecs.channel_parts(group.flatten(0, 1), keys[:count])
+        best = sorted(range(len(parts)), key=lambda i: -parts[i])[: drop.num_channels]
+        chosen.append(sorted(best))
+    return chosen
+
+
 def _store(layer: _Layer, counts: Sequence[int], drop: Drop) -> None:
     """Put into each head's cache what its codec gives back of so many more entries."""
     for head, count in enumerate(counts):
         more = slice(layer.num_stored[head], layer.num_stored[head] + count)
-        parts = tests.reference.codecs.stored(drop.codec, layer.keys[head][more], layer.values[head][more])
-        layer.keys[head][more], layer.values[head][more] = parts
+        keys = torch.zeros_like(layer.keys[head][more])
+        own = layer.channels[head]
+        parts = tests.reference.codecs.stored(drop.codec, layer.keys[head][more][:, own], layer.values[head][more])
+        keys[:, own], layer.values[head][more] = parts
+        layer.keys[head][more] = keys
         layer.num_stored[head] = more.stop
 
 

@@ -47,6 +47,7 @@ class Drop:
     stream_period: where heads let go of entries while a prompt is read, the tokens between two times; see `streaming`.
     codec: how the entries that stay are stored, but for those from encoded_to on; None: as they are.
     encoded_to: prompt position; set with a codec.
+    num_channels: of its keys, that a head's codec stores: those that matter most to the voters; None: all.
     encode_after, residual: where set, as many more entries are stored whenever the text but for its last `residual`
         tokens is a multiple of that long.
     layer_owners: layer whose entries each layer reads after the prompt; empty: its own.
@@ -79,6 +80,7 @@ class Drop:
     min_tsp_layer: int | None = None
     codec: str | None = None
     encoded_to: int | None = None
+    num_channels: int | None = None
     encode_after: int | None = None
     residual: int = 0
     layer_owners: tuple[int, ...] = ()
