@@ -32,7 +32,7 @@ serve: setup ## Serve the tiny model with --kv-compression fastkv on HOST:PORT
 		--host $(HOST) --port $(PORT) --served-model-name tiny --block-size 32 --max-model-len 4096
 
 test: setup ## Run all tests, two files at a time (PYTEST_ARGS="-m 'not slow'" for fewer, TEST_WORKERS=0 for one)
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: setup ## 50,000 engine steps of random requests, aborts and preemptions
 	FASTKV_RANDOM_STEPS=50000 $(PY) -m pytest -s -o timeout=0 tests/engine/test_random.py

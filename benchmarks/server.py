@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def serve(
     config: Mapping[str, Any] | None = None,
     extra: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    stdout: Path | None = None,
 ) -> Iterator[Server]:
     """Run `vllm serve` and wait until it is healthy; end it, and all it started, when the block is left.
 
@@ -115,6 +116,7 @@ def serve(
         config: value of --kv-compression-config.
         extra: more flags; they win over `DEFAULT_FLAGS`.
         env: more environment; it wins over `DEFAULT_ENVIRONMENT`, which wins over the caller's.
+        stdout: file or device its standard output goes to; None: the log, beside its errors.
 
     Raises:
         ServerFailed: it ended by itself or was not healthy after START_TIMEOUT_S seconds.
@@ -127,12 +129,12 @@ def serve(
     if config is not None:
         command += ["--kv-compression-config", json.dumps(dict(config))]
     descriptor, name = tempfile.mkstemp(prefix="vllm-serve-", suffix=".log")
-    with os.fdopen(descriptor, "wb") as log:
+    with os.fdopen(descriptor, "wb") as log, stdout.open("wb") if stdout else nullcontext(log) as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            stdout=out,
+            stderr=log,
             env={**os.environ, **DEFAULT_ENVIRONMENT, **(env or {})},
             start_new_session=True,
         )

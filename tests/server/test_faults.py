@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
@@ -24,9 +25,9 @@ PATIENCE_S = 60  # with a step, or with an end, on a busy machine
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """Ended by the last test that uses it."""
-    extra = (*FLAGS, "--shutdown-timeout", str(PATIENCE_S))
-    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=extra, env=ENVIRONMENT) as server:
+    """There is no room for what it prints; ended by the last test that uses it."""
+    extra, full = (*FLAGS, "--shutdown-timeout", str(PATIENCE_S)), Path("/dev/full")
+    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=extra, env=ENVIRONMENT, stdout=full) as server:
         yield server
 
 
@@ -35,6 +36,14 @@ def replicas() -> Iterator[Server]:
     """Two engines behind one address; ended by the last test that uses it."""
     extra = (*FLAGS, "--data-parallel-size", "2")
     with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=extra, env=ENVIRONMENT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Server]:
+    """Two ranks of one engine; ended by the test that uses it."""
+    extra, env = (*FLAGS, "--tensor-parallel-size", "2"), ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=extra, env=env) as server:
         yield server
 
 
@@ -108,6 +117,12 @@ def exit_status(processes: list[psutil.Process]) -> int:
     return status
 
 
+def test_a_full_disk_loses_logs_and_no_answers(server: Server) -> None:
+    assert [answer(server, example) for example in LONG[:3]] == [example.answer for example in LONG[:3]]
+    assert sample_value(server.metrics(), "vllm:fastkv_requests_compressed_total") == 3
+    assert "No space left on device" in server.log.read_text()
+
+
 def test_a_client_that_never_reads_holds_nobody_up(server: Server) -> None:
     """Its answer is made to the end and its blocks go back, while it still has not read a byte."""
     num_tokens = 400
@@ -172,3 +187,19 @@ def test_a_dead_engine_ends_the_server(replicas: Server) -> None:
         stream.join(PATIENCE_S)
         assert stream.end == "abort" or isinstance(stream.end, openai.APIError), stream.end
     assert exit_status(processes) not in (0, None)
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_server(ranks: Server) -> None:
+    """With status 0, which is vLLM's: docs say so to whoever looks after the server."""
+    assert answer(ranks, LONG[2]) == LONG[2].answer
+    streams = [Stream(ranks, example, max_tokens=900) for example in LONG[:2]]
+    wait_until(lambda: all(stream.begun for stream in streams), "all are being answered")
+    assert sample_value(ranks.metrics(), "vllm:fastkv_requests_compressed_total") == 3
+    processes = processes_of(ranks)
+    worker = [process for process in processes if "Worker" in " ".join(process.cmdline())][-1]
+    worker.kill()
+    for stream in streams:
+        stream.join(PATIENCE_S)
+        assert stream.end == "abort" or isinstance(stream.end, openai.APIError), stream.end
+    assert exit_status(processes) == 0

@@ -1,11 +1,13 @@
 """`vllm serve --kv-compression fastkv` as a client sees it: answers, figures, log."""
 
 import json
+from dataclasses import replace
 
 import openai
 import pytest
 
 from benchmarks.server import sample_value
+from benchmarks.soak import draw, soak
 from benchmarks.tiny_model.language import make_example
 from fastkv_vllm.adapter.metrics import COUNTERS, CUTS, LEFT_ALONE, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
@@ -150,6 +152,15 @@ def test_a_client_that_goes_away_leaves_nothing(compressing_server):
     samples = compressing_server.metrics()
     assert sample_value(samples, "vllm:kv_cache_usage_perc") == 0
     assert sample_value(samples, "vllm:num_requests_running") == 0
+
+
+def test_a_soak_in_small(compressing_server):
+    asks = [replace(draw(0, number, "fastkv"), max_tokens=8) for number in range(24)]
+    said = soak(replace(compressing_server, model=MODEL), asks, num_again=6, tolerance=0.3)  # bfloat16
+    assert said["wrong"] == []
+    assert said["acts"]["read to the end"] + said["acts"]["left"] == len(asks)
+    assert said["acts"]["sent again"] >= 6
+    assert sum(count for name, count in said["metrics"].items() if name.startswith("compressed")) > 0
 
 
 def test_a_plain_server_has_none_of_it(plain_server):
