@@ -89,7 +89,7 @@ def test_defaults_that_differ() -> None:
     assert CompressionConfig("h2o").recent_share == CompressionConfig("a2sf").recent_share == 0.5
     assert [CompressionConfig(name).decay for name in ("h2o", "a2sf", "snapkv")] == [1.0, 0.95, None]
     evicting = [name for name in method_names() if CompressionConfig(name).evict_while_decoding]
-    assert sorted(evicting) == ["a2sf", "h2o", "streamingllm", "tova"]
+    assert sorted(evicting) == ["a2sf", "h2o", "pyramidinfer", "streamingllm", "tova"]
     assert CompressionConfig("vatp").value_norms and CompressionConfig("vatp").num_sink == 20
     assert [CompressionConfig(name).all_queries_vote for name in ("h2o", "a2sf", "snapkv")] == [True, True, False]
 
@@ -200,9 +200,9 @@ def test_recent_tokens_are_a_share_of_the_budget() -> None:
             "head_budgets must be uniform: in tova all heads keep the same entries; got 'adaptive'",
         ),
         (
-            "pyramidinfer",
+            "lazyllm",
             {"evict_while_decoding": True},
-            "evict_while_decoding must be false: in pyramidinfer what a layer keeps follows from its own cuts of the "
+            "evict_while_decoding must be false: in lazyllm what a layer keeps follows from its own cuts of the "
             "prompt; got True",
         ),
     ],

@@ -40,22 +40,21 @@ def plan_of(arguments: dict[str, Any]) -> PromptPlan:
     return plan
 
 
-def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: int, evicts: bool) -> int:
+def pages_forced(num_tokens: int, block_size: int, num_recent: int, num_sink: int, window: int) -> int:
     """Whole pages that hold sinks, one rated entry and the recent ones that are not in the tail; counted.
 
-    With eviction all recent ones: their last may be any block's.
+    With eviction the window at least (else 0), whichever block its last entry is in.
     """
-    if evicts:
-        return ceil((num_sink + num_recent + 1) / block_size)
     tail_from = num_tokens - num_tokens % block_size
     forced = [p for p in range(tail_from) if p < num_sink or p >= num_tokens - num_recent]
-    return ceil((len(forced) + 1) / block_size)
+    return ceil((max(len(forced), num_sink + window) + 1) / block_size)
 
 
 def check_plan(plan: PromptPlan, num_kept: int, cuts: list[tuple[int, int]]) -> None:
     """All that holds for a prompt that is compressed."""
     held = plan.num_pages + (plan.num_tail > 0)
-    forced = pages_forced(plan.num_tokens, plan.block_size, plan.num_recent, plan.num_sink, plan.evicts)
+    window = plan.window_size if plan.evicts else 0
+    forced = pages_forced(plan.num_tokens, plan.block_size, plan.num_recent, plan.num_sink, window)
     assert held == max(ceil(num_kept / plan.block_size), forced + (plan.num_tail > 0))
     assert plan.num_freed_blocks >= 1
     assert plan.num_freed_blocks + held == ceil(plan.num_tokens / plan.block_size)
@@ -93,7 +92,8 @@ def test_a_prompt_is_left_alone_for_a_reason(arguments: dict[str, Any]) -> None:
     if plan is LeftAlone.BUDGET_COVERS_PROMPT:
         plain = ceil(num_tokens / block_size)
         num_recent = max(arguments["window_size"], arguments["num_recent"])
-        forced = pages_forced(num_tokens, block_size, num_recent, arguments["num_sink"], arguments["evicts"])
+        window = arguments["window_size"] if arguments["evicts"] else 0
+        forced = pages_forced(num_tokens, block_size, num_recent, arguments["num_sink"], window)
         covered = ceil(arguments["num_kept"] / block_size) >= plain
         assert covered or forced >= num_tokens // block_size, "a block could have been freed"
 

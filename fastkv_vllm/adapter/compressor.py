@@ -336,7 +336,7 @@ class Compressor:
             window = self._window_queries(prefill, layer, query)
             if prefill.plan.evicts:
                 # A copy: a view would keep all rows of the step.
-                self.windows[prefill.request_id, layer] = window[-prefill.plan.window_size :].clone()
+                self.windows[prefill.request_id, layer] = window[-prefill.plan.num_later_voters :].clone()
             if prefill.recipe.config.drops_channels:
                 self.voters.setdefault(prefill.request_id, []).append(window)
             inputs["queries"] = window * scale

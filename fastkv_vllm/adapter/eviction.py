@@ -37,8 +37,8 @@ class _Decoding:
         plan: of its prompt.
         recipe: how entries are chosen.
         layers: of each layer, its heads by the number of pages they hold.
-        windows: of each layer, the queries of those who will vote next, at most the last W, [<= W, Hq, D]; empty where
-            no window votes.
+        windows: of each layer, the queries of those who will vote next, at most the plan's later voters, [<= W, Hq, D];
+            empty where no window votes.
     """
 
     plan: PromptPlan
@@ -80,7 +80,8 @@ class Evictor:
             held: its pages.
             kept: of each layer, the columns that stay before the tail, head after head.
             sums: of each layer, attention each column got, tail included, [H, n]; empty where not all queries vote.
-            windows: of each layer, queries of the prompt's last W tokens, [W, Hq, D]; empty where they do not vote.
+            windows: of each layer, queries of the prompt's last tokens that may vote next, [W, Hq, D]; empty where they
+                do not.
         """
         state = _Decoding(prefill.plan, prefill.recipe, windows=list(windows))
         for layer, columns in enumerate(kept):
@@ -105,7 +106,7 @@ class Evictor:
     def concerns(self, rows: DecodeRows) -> bool:
         """Whether anything is to be done with rows: all vote, or the window that will vote, or entries are chosen."""
         state = self.requests[rows.request_id]
-        window_from = self._block_size - state.plan.window_size if state.windows else self._block_size
+        window_from = self._block_size - state.plan.num_later_voters if state.windows else self._block_size
         return rows.evicts or rows.num_filled > window_from or state.recipe.config.all_queries_vote
 
     def rate(self, rows: DecodeRows, layer: int, scale: float, query: torch.Tensor) -> list[torch.Tensor]:
@@ -125,7 +126,7 @@ class Evictor:
         query = query[rows.rows]
         if state.windows:
             window = torch.cat([state.windows[layer], query])
-            state.windows[layer] = window[-state.plan.window_size :]
+            state.windows[layer] = window[-state.plan.num_later_voters :]
         if state.recipe.config.all_queries_vote:
             decay = state.recipe.config.decay
             assert decay is not None, "filled in by CompressionConfig"
@@ -176,7 +177,8 @@ class Evictor:
         scores = method.score(**{name: inputs[name] for name in method.needs})
         if state.recipe.config.value_norms:
             scores = scores * value_norms(self._read(self._pool.layout.read_values, group, rows, layer))
-        forced = (order < plan.num_sink) | (order >= num_entries - plan.num_recent)
+        num_recent = min(plan.num_recent, group.pages.shape[1] * self._block_size - plan.num_sink - 1)
+        forced = (order < plan.num_sink) | (order >= num_entries - num_recent)
         return agree(method, scores).masked_fill(forced, float("inf"))
 
     def _num_entries(self, group: _Heads, rows: DecodeRows) -> int:

@@ -14,7 +14,8 @@ is generated is encoded, the first block that is not follows whenever it lies be
 text.
 
 Where entries are evicted while decoding, a choice of the same kind follows whenever a block after the prompt is full:
-as many entries as the kept pages hold, out of these and that block, forced ones by order instead of position.
+as many entries as the kept pages hold, out of these and that block, forced ones by order instead of position. Recent
+ones are forced as far as the pages have room, the window always.
 
 Where heads stream (`Streaming`), some let go of entries at stops within the prompt: whole pages, between the first
 ones and the most recent ones.
@@ -151,10 +152,19 @@ class PromptPlan:
     def least_pages(self) -> int:
         """Least pages of any (layer, KV head): sinks, recent ones before the tail, and room for a choice.
 
-        There is no tail when a block is evicted: all recent ones need room then.
+        There is no tail when a block is evicted: the whole window needs room then.
         """
-        forced = self.num_sink + max(self.num_recent - (0 if self.evicts else self.num_tail), 0)
+        window = self.window_size if self.evicts else 0
+        forced = self.num_sink + max(self.num_recent - self.num_tail, window)
         return -(-(forced + 1) // self.block_size)
+
+    @property
+    def num_later_voters(self) -> int:
+        """Last tokens whose queries vote when entries are evicted, of those that vote on the prompt a block at most.
+
+        Their queries are held until then. Only the window may be longer.
+        """
+        return min(self.num_voters, max(self.window_size, self.block_size))
 
     @property
     def num_moved(self) -> int:

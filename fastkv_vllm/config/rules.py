@@ -116,7 +116,7 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
     rule = f"false: entries stored with codec {config.codec!r} cannot be chosen from again"
     check(config.codec == NO_CODEC or not config.evict_while_decoding, "evict_while_decoding", rule, config)
-    if cls.layer_budgets in CUT_BUDGETS:
+    if cls.layer_budgets in CUT_BUDGETS and not cls.default_evict_while_decoding:
         rule = f"false: in {config.method} what a layer keeps follows from its own cuts of the prompt"
         check(not config.evict_while_decoding, "evict_while_decoding", rule, config)
     check_head_weights(config)

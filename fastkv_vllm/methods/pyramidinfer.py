@@ -30,13 +30,15 @@ class PyramidInfer(Method):
     """The recent tokens vote, later ones a little more, once for all heads; rows are cut after each layer.
 
     After layer l of L a share rho_l = (1 - delta) (cos(pi l / L) + 1) / 2 + delta of the rows before the recent ones
-    goes on, out of those that came in.
+    goes on, out of those that came in. What is generated competes with what a layer has kept, so that it never holds
+    more than its share of the prompt and a block.
 
     Source: arXiv 2405.12532, section 3, and the authors' code (the last 20 % of the tokens vote with weights from 1 to
     1.2 and stay). Differences: delta follows from `retention_ratio`, the mean over layers, so that methods compare at
     equal memory (the paper sets delta), or the shares are what calibration found (`layer_shares`); the recent tokens
-    are a third of what stays, which is the paper's 20 % of the prompt at the default; kept counts are whole pages, and
-    what is generated stays (the paper thins it out).
+    are a third of what stays, which is the paper's 20 % of the prompt at the default; kept counts are whole pages.
+    Generated tokens are thinned whenever a block is full, by a block of recent votes, out of all that the layer holds
+    (theirs: whenever 16 have left the recent window, by all of its votes, out of these 16 only, and the cache grows).
     """
 
     source: ClassVar[str] = "arXiv 2405.12532, section 3"
@@ -47,6 +49,7 @@ class PyramidInfer(Method):
     default_retention_ratio: ClassVar[float] = 0.6
     default_num_sink: ClassVar[int] = 4
     default_recent_share: ClassVar[float] = 1 / 3
+    default_evict_while_decoding: ClassVar[bool] = True
     schedule_artefact: ClassVar[str | None] = "layer-decays"
     layer_budgets: ClassVar[str] = "handed-on"
 

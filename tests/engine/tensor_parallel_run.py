@@ -52,10 +52,10 @@ def main(checkpoint: Path, *names: str) -> None:
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": logprobs_of(output),
         }
-    for name in ("adakv-int2", "fastkv-pyramid-adaptive-kivi4"):
-        method, settings = ENCODED[name]
+    for name in ("adakv-int2", "fastkv-pyramid-adaptive-kivi4", "pyramidinfer"):
+        method, settings = (ENCODED | RAGGED)[name]
         with engine.step_tokens(200):
-            ask(engine, [(clear(checkpoint, filled(method, settings), MIXED[0], 8), method, settings)], 8)
+            ask(engine, [(clear(checkpoint, filled(method, settings), MIXED[1], 8), method, settings)], 8)
     slack = {
         config.method: plan.num_whole_blocks - plan.num_pages - freed_blocks(plan, kept, num_ranks=2)
         for prompt, config in answer(engine)

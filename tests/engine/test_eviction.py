@@ -16,6 +16,7 @@ ENGINES = {
     "adakv": ("adakv", SMALL | EVICTING),
     "h2o-pyramid": ("h2o", SMALL | {"layer_budgets": "pyramid"}),
     "dbudgetkv": ("dbudgetkv", HALTING | EVICTING),
+    "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
 }
 PROMPTS = make_prompts([450, 90, 300], seed=2)
 MAX_TOKENS = 102  # the first and the last fill three blocks

@@ -6,7 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tests.reference.scores import last_query_attention, last_query_scores, value_norms
+from tests.reference.scores import (
+    last_query_attention,
+    last_query_scores,
+    recent_query_scores,
+    value_norms,
+    voters_scores,
+)
 from tests.reference.selection import Drop, window_scores
 
 
@@ -32,7 +38,7 @@ def rate(
     """Scores of each head's entries, [n] or [n - window_size]; without votes, how late an entry is.
 
     Args:
-        queries: of the last window_size tokens, [Hq, W, D].
+        queries: of the last num_later_voters tokens, [Hq, W, D].
         keys, values: of each head, [n, D].
         votes: of all queries where all vote, of each head [n].
         drop: the method and its numbers.
@@ -43,11 +49,18 @@ def rate(
         scores = list(last_query_scores(queries, torch.stack(list(keys))).expand(len(keys), -1))
     elif drop.decay is not None:
         scores = list(votes)
+    elif drop.method == "pyramidinfer":
+        own = torch.stack(list(keys))
+        scores = list(recent_query_scores(_behind_others(queries, own), own, queries.shape[1]).expand(len(keys), -1))
+    elif drop.method == "vl_cache":
+        scores = []
+        for group, head in zip(queries.chunk(len(keys)), keys, strict=True):
+            own = head.unsqueeze(0)
+            scores.append(voters_scores(_behind_others(group, own), own, queries.shape[1])[0])
     else:
         scores = []
         for group, head in zip(queries.chunk(len(keys)), keys, strict=True):
-            earlier = torch.zeros(group.shape[0], len(head) - group.shape[1], group.shape[2])  # they do not vote
-            scores.append(window_scores(torch.cat([earlier, group], dim=1), head.unsqueeze(0), drop)[0])
+            scores.append(window_scores(_behind_others(group, head.unsqueeze(0)), head.unsqueeze(0), drop)[0])
     if drop.value_norms:
         scores = [
             head * value_norms(own.unsqueeze(0))[0, : len(head)] for head, own in zip(scores, values, strict=True)
@@ -57,4 +70,10 @@ def rate(
 
 def by_order(drop: Drop, num_entries: int) -> Drop:
     """The same rules for entries by their number instead of their position."""
-    return replace(drop, forced_from=num_entries - drop.num_recent)
+    room = num_entries - drop.period - drop.num_sink - 1
+    return replace(drop, forced_from=num_entries - min(drop.num_recent, room))
+
+
+def _behind_others(queries: Tensor, keys: Tensor) -> Tensor:
+    """The last queries, [Hq, W, D], behind as many that do not vote as there are keys [H, n, D] before theirs."""
+    return torch.cat([torch.zeros(len(queries), keys.shape[1] - queries.shape[1], queries.shape[2]), queries], dim=1)

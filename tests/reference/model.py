@@ -159,7 +159,8 @@ class ReferenceModel:
             layers.append(_Layer(weights, list(keys), list(values), queries, []))
             seen.append(positions)
             if drop is not None:
-                layers[-1].queries = queries[:, -drop.window_size :]
+                if drop.period is not None:
+                    layers[-1].queries = queries[:, -drop.num_later_voters :]
                 voters.append(queries[:, -drop.num_voters :])
                 votes = _votes(queries, keys, positions, drop)
                 if drop.decay is not None:
@@ -208,7 +209,7 @@ class ReferenceModel:
             read = layers[drop.layer_owners[index]] if drop is not None and drop.layer_owners else layer
             hidden = self._finish(layer.weights, hidden, _attend(queries, read.keys, read.values))
             if drop is not None and drop.period is not None:
-                layer.queries = torch.cat([layer.queries, queries], dim=1)[:, -drop.window_size :]
+                layer.queries = torch.cat([layer.queries, queries], dim=1)[:, -drop.num_later_voters :]
                 if layer.votes:
                     layer.votes = tests.reference.eviction.add_votes(layer.votes, queries, layer.keys, drop)
                 if (position + 1) % drop.period == 0:

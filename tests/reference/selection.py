@@ -43,7 +43,7 @@ class Drop:
     halting_loss: a layer keeps no more pages than it needs to lose at most this share of the last query's norm.
     period: after the prompt, whenever the text's length is a multiple of it, heads choose anew as many entries as they
         held in multiples of it when the prompt ended; None: what is generated stays.
-    num_recent: last entries that always stay then.
+    num_recent: last entries that always stay then, as far as there is room for the sinks and a choice beside them.
     stream_period: where heads let go of entries while a prompt is read, the tokens between two times; see `streaming`.
     codec: how the entries that stay are stored, but for those from encoded_to on; None: as they are.
     encoded_to: prompt position; set with a codec.
@@ -113,9 +113,13 @@ class Drop:
 
     def num_forced(self, num_whole: int) -> int:
         """Entries of the num_whole tokens before the tail that need room, then or when a head chooses anew."""
-        if self.period is not None:
-            return self.num_sink + self.num_recent
-        return sum(self.is_forced(p) for p in range(num_whole))
+        recent = sum(self.is_forced(p) for p in range(self.num_sink, num_whole))
+        return self.num_sink + (recent if self.period is None else max(recent, self.window_size))
+
+    @property
+    def num_later_voters(self) -> int:
+        """Last tokens that vote when heads choose anew: as on the prompt, more than the window only up to a period."""
+        return min(self.num_voters, max(self.window_size, self.period))
 
     def check_fits(self, num_tokens: int, num_layers: int) -> None:
         """Raise ValueError if a window column of the prompt is not forced or a cut's layer does not exist."""
