@@ -66,7 +66,9 @@ class Contender:
         if self.is_plain:
             return self.method
         more = ", measured" if "layer_shares" in self.config else ""
-        return f"{self.method} {self.retention_ratio:.2g}{more}" + (f" {codec}" if (codec := self.codec) else "")
+        more += f" {self.codec}" if self.codec else ""
+        more += f", {self.config['channel_ratio']:g} of channels" if "channel_ratio" in self.config else ""
+        return f"{self.method} {self.retention_ratio:.2g}{more}"
 
     @property
     def codec(self) -> str | None:
