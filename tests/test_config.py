@@ -68,6 +68,9 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "min_retention_ratio": 0.0,
         "max_tsp_tokens": None,
         "layer_owners": None,
+        "merge_layers": None,
+        "merge_t": None,
+        "merge_gamma": None,
     }
 
 
@@ -159,6 +162,33 @@ def test_owners_switch_off_eviction_and_hold_fewer_blocks() -> None:
     assert isinstance(plan, PromptPlan) and plan.num_pages == 3 and plan.num_stored_blocks == 2
     whole = CompressionConfig("snapkv", retention_ratio=1.0, layer_owners=[0, 0, 2]).plan(1000, 32)  # type: ignore[arg-type]
     assert isinstance(whole, PromptPlan) and whole.num_pages == 31 and whole.num_freed_blocks == 10
+
+
+def test_pairs_to_merge_are_neighbours_from_the_middle_on() -> None:
+    merging = CompressionConfig("streamingllm", merge_layers="values")
+    for num_layers, owners in ((8, (0, 1, 2, 3, 4, 4, 6, 6)), (7, (0, 1, 2, 3, 3, 5, 5)), (5, (0, 1, 2, 2, 4))):
+        filled = merging.for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=512)
+        assert filled.layer_owners == owners
+        assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
+    with pytest.raises(ValueError, match="layer_owners must be a layer's own number or that of the one before it"):
+        dataclasses.replace(merging, layer_owners=(0, 1, 0))
+    with pytest.raises(ValueError, match="head_budgets must be uniform where layers read"):
+        dataclasses.replace(merging, head_budgets="adaptive")
+    with pytest.raises(ValueError, match="merge_layers must be left out: in snapkv each layer chooses entries"):
+        CompressionConfig("snapkv", merge_layers="values")
+    for name, value in (("merge_t", 1.1), ("merge_gamma", "0.1"), ("merge_layers", "keys")):
+        with pytest.raises(ValueError, match=f"{name} must be "):
+            dataclasses.replace(merging, **{name: value})
+
+
+def test_merged_layers_hold_fewer_blocks() -> None:
+    """Of four layers two are merged: 31 pages of each other one, some of records, two of what is retained."""
+    owners, entry = (0, 1, 2, 2), EntryShape(head_dim=64, dtype=torch.bfloat16)
+    for merging, num_records in (("keys_and_values", 32), ("values", 48)):
+        config = CompressionConfig("streamingllm", retention_ratio=1.0, merge_layers=merging, layer_owners=owners)
+        plan = config.plan(1000, 32, entry=entry)
+        assert isinstance(plan, PromptPlan) and plan.pages_of_layers(31) == [31, 31, num_records, 2]
+        assert plan.num_stored_blocks == -(-(64 + num_records) // 4)
 
 
 def test_weights_share_the_pages_of_all_layers() -> None:
@@ -276,6 +306,8 @@ BAD = [
     *[("head_weights", value, "left out: head_budgets 'uniform' does not use it") for value in ("heads.json", [[1.0]])],
     ("layer_shares", [0.5], "left out: fastkv has no schedule that calibration could find"),
     *[("layer_owners", value, "the path of .* for one layer at least") for value in (0, [], [0, 1], [1, 0], [0, 0.0])],
+    *[("merge_layers", value, "one of values, keys_and_values, or left out") for value in ("keys", "", 1, True)],
+    *[(name, 0.5, "left out without merge_layers") for name in ("merge_t", "merge_gamma")],
     *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
     *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],

@@ -20,8 +20,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace
 
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
-from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads, Held
+from fastkv_vllm.adapter.encoded import EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
+from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
 
 _layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step
@@ -112,7 +113,7 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         if as_they_are := {number: pages for number, pages in held.items() if isinstance(pages, HeadPages)}:
             rows = rows_of(as_they_are, view, self.block_size)
             reads.append(HeadReads(rows, pool, self._tables.tables(rows, pool)))
-        if encoded := {number: pages for number, pages in held.items() if isinstance(pages, EncodedPages)}:
+        if encoded := {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}:
             reads.append(EncodedReads(rows_of(encoded, view, self.block_size), pool))
         for part in reads:
             part.metadata = self._schedules(part, view)

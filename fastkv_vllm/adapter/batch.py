@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastkv_vllm.adapter.encoded import Held
+from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.cache import PromptPlan

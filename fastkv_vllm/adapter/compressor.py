@@ -8,8 +8,9 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
-from fastkv_vllm.adapter.encoded import EncodedPages, Held, stored_pages
+from fastkv_vllm.adapter.encoded import EncodedPages, stored_pages
 from fastkv_vllm.adapter.eviction import Evictor
+from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move, pages_read, uneven_moves
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, SharedPages, blocks_for
@@ -268,7 +269,9 @@ class Compressor:
             self.stats.surplus[prefill.request_id] = len(prefill.destination) - num_needed
             counts = by_rank[rank_of(plan)]
             held: Held
-            if plan.layer_owners:
+            if plan.pair_entries is not None:
+                held = MergedPages.share(plan, counts, prefill.recipe.config.pair_codec(), pool, prefill.destination)
+            elif plan.layer_owners:
                 owned = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, prefill.destination)
                 held = SharedPages.of(owned, plan.layer_owners)
             elif plan.page_entries is None:

@@ -6,10 +6,11 @@ of groups of encoded entries. Attention reads a copy of one layer at a time, dec
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, KeptPages, PagePool
 from fastkv_vllm.cache import PromptPlan
 from fastkv_vllm.codecs import CODECS, Codec, EntryShape, best_channels
 from fastkv_vllm.config import CompressionConfig
@@ -121,14 +122,20 @@ class EncodedPages:
         return self.channels[layer].repeat_interleave(self.counts[layer] * block_size, dim=0)
 
 
-Held = HeadPages | EncodedPages
+class DecodedPages(KeptPages, Protocol):
+    """Where kept entries lie that attention reads from a copy."""
+
+    def decode(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, head after head, [entries, D] each."""
+        ...
 
 
 def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
     """Pages with room for the bytes of so many pages of entries of each layer and head, and those awaited, [L, H]."""
     if plan.layer_owners:
-        owns = torch.tensor(plan.layer_owners) == torch.arange(len(counts))
-        return counts * owns.unsqueeze(1)
+        return torch.tensor(
+            [[plan.pages_of_layers(n)[layer] for n in row] for layer, row in enumerate(counts.tolist())]
+        )
     if plan.page_entries is None:
         return counts
     return -(-(counts * plan.block_size + plan.num_awaited) // plan.page_entries)
@@ -141,7 +148,7 @@ class EncodedReads(HeadReads):
     these requests hold of one layer.
     """
 
-    def __init__(self, rows: Sequence[HeadRows[EncodedPages]], pool: PagePool) -> None:
+    def __init__(self, rows: Sequence[HeadRows[DecodedPages]], pool: PagePool) -> None:
         self._held = [r.held for r in rows]
         counts = torch.cat([held.counts for held in self._held], dim=1)  # [L, S]
         later = torch.tensor([len(r.blocks) for r in rows]).repeat_interleave(pool.num_heads)  # [S]

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from fastkv_vllm.adapter.batch import PrefillRows
-from fastkv_vllm.adapter.encoded import EncodedPages, Held
+from fastkv_vllm.adapter.encoded import EncodedPages
+from fastkv_vllm.adapter.merged import Held, MergedPages, records
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 
@@ -122,16 +123,25 @@ def uneven_moves(
         voters: of each layer, queries of the voters, [W, Hq, D], where not all channels of the keys are stored.
     """
     plan, moves = prefill.plan, list[Move]()
-    for layer, entries in enumerate(kept):
-        if plan.layer_owners and plan.layer_owners[layer] != layer:
-            continue  # nobody reads its entries
+
+    def of_layer(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        entries = kept[layer]
         heads = torch.arange(pool.num_heads).repeat_interleave(held.counts[layer] * plan.block_size)
         if by_block is None:
             pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
         else:
             pages = by_block[layer, heads, entries // plan.block_size]
-        keys, values = pool.layout.take(pool.cache, pages, entries % plan.block_size)
-        if isinstance(held, EncodedPages):
+        return pool.layout.take(pool.cache, pages, entries % plan.block_size)
+
+    for layer in range(len(kept)):
+        if plan.layer_owners and plan.layer_owners[layer] != layer:
+            continue  # nobody reads its entries, or they are merged with its owner's
+        keys, values = of_layer(layer)
+        if isinstance(held, MergedPages):
+            moves += _merge(
+                held, pool, layer, (keys, values), of_layer(held.upper[layer]) if layer in held.upper else None
+            )
+        elif isinstance(held, EncodedPages):
             if held.channels is not None:
                 held.choose_channels(layer, voters[layer], keys)
             codes = held.encode(keys, values, held.channels_of(layer, plan.block_size))
@@ -156,6 +166,37 @@ def encoding_move(held: EncodedPages, pool: PagePool, block: int) -> Overwrite:
         channels = channels.flatten(0, 1).repeat_interleave(pool.layout.block_size, dim=0)
     codes = held.encode(keys, values, channels).unflatten(0, (*held.counts.shape, -1))  # [L, H, groups, B]
     return Overwrite(held.grid(pool), held.last_places(pool), codes)
+
+
+def _merge(
+    held: MergedPages,
+    pool: PagePool,
+    layer: int,
+    own: tuple[torch.Tensor, torch.Tensor],
+    above: tuple[torch.Tensor, torch.Tensor] | None,
+) -> list[Move]:
+    """A layer's entries to its pages: as they are, or as records together with those of the layer above.
+
+    Args:
+        held: where they go.
+        pool: of the engine.
+        layer: not the upper one of a pair.
+        own, above: keys and values head after head, [H * N, D] each.
+    """
+    if above is None:
+        slots = held.stored.slots(layer, pool.layout.block_size)
+        return [EntryMove(pool.layout, pool.cache, own[0].unsqueeze(1), own[1].unsqueeze(1), slots)]
+    lower, upper = (torch.stack(pair).unflatten(1, (pool.num_heads, -1)).transpose(0, 1) for pair in (own, above))
+    merged, retained = held.codec.merge(lower, upper, held.num_retained(held.upper[layer], pool))
+    moves: list[Move] = [Overwrite(records(pool, held.codec), held.places(layer, pool), merged)]
+    if retained.any():
+        heads, entries = retained.nonzero(as_tuple=True)
+        number = (retained.cumsum(dim=1) - 1)[retained]
+        size = pool.layout.block_size
+        slots = held.stored.pages[held.upper[layer], heads, number // size] * size + number % size
+        keys, values = upper[heads, :, entries].unsqueeze(2).unbind(dim=1)
+        moves.append(EntryMove(pool.layout, pool.cache, keys, values, slots))
+    return moves
 
 
 def _tail_move(prefill: PrefillRows, pool: PagePool, layer: int, num_seen: int) -> EntryMove:

@@ -16,8 +16,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
-from fastkv_vllm.adapter.encoded import EncodedPages, Held
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
+from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
@@ -137,7 +138,7 @@ class CPUCompressionRunner(CPUModelRunner):
                 decodes += self._decode_rows(row, request_id, plan)
             if request_id in plan.prefills:
                 prompt, pages = plan.prefills[request_id], held.get(row)
-                assert not isinstance(pages, EncodedPages), "a codec excludes stops within the prompt"
+                assert pages is None or isinstance(pages, HeadPages), "a codec excludes stops within the prompt"
                 num_blocks = -(-prompt.num_tokens // block_size)
                 prefills.append(
                     PrefillRows(

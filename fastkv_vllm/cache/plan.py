@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from math import ceil
 
 
 class LeftAlone(Enum):
@@ -100,6 +101,9 @@ class PromptPlan:
         num_ranks: ranks that hold equally many of the KV heads that share pages unevenly; 1 where heads are even.
         encodes: blocks that leave the residual window after the prompt are encoded, too.
         layer_owners: layer whose entries each layer reads after the prompt; empty: its own.
+        pair_entries: records of merged entries that a page has room for, where a layer and its owner are merged; None:
+            a layer reads its owner's entries as they are.
+        pair_retained: share of the entries that may stay out of that.
     """
 
     num_tokens: int
@@ -120,6 +124,8 @@ class PromptPlan:
     num_ranks: int = 1
     encodes: bool = False
     layer_owners: tuple[int, ...] = ()
+    pair_entries: int | None = None
+    pair_retained: float = 0.0
 
     @property
     def has_stash(self) -> bool:
@@ -187,12 +193,24 @@ class PromptPlan:
     def num_stored_blocks(self) -> int:
         """Blocks that hold the moved entries of a rank; the most they can be, where layers and heads share unevenly."""
         if self.layer_owners:
-            return -(-self.most_pages * len(set(self.layer_owners)) // len(self.layer_owners))
+            return -(-sum(self.pages_of_layers(self.most_pages)) // len(self.layer_owners))
         if self.page_entries is None:
             return self.most_pages
         even = -(-(self.most_pages * self.block_size + self.num_awaited) // self.page_entries)
         # Each layer and head may begin a page more than its share.
         return min(even + 1, self.num_whole_blocks) if self.is_ragged else even
+
+    def pages_of_layers(self, num_pages: int) -> list[int]:
+        """Pages of a head that each layer holds where some have owners, for so many pages of entries, [L]."""
+        held = []
+        for layer, owner in enumerate(self.layer_owners):
+            if self.pair_entries is None or self.layer_owners.count(owner) == 1:
+                held.append(num_pages if owner == layer else 0)
+            elif owner == layer:
+                held.append(-(-num_pages * self.block_size // self.pair_entries))
+            else:
+                held.append(ceil(num_pages * self.pair_retained))
+        return held
 
     @property
     def num_awaited(self) -> int:
@@ -329,6 +347,8 @@ def plan_prompt(
     page_entries: int | None = None,
     encodes: bool = False,
     layer_owners: tuple[int, ...] = (),
+    pair_entries: int | None = None,
+    pair_retained: float = 0.0,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -356,6 +376,8 @@ def plan_prompt(
         page_entries: encoded entries that a page has room for, more than block_size; None: entries stay as they are.
         encodes: blocks that leave the residual window later are encoded, too.
         layer_owners: layer whose entries each layer reads after the prompt, not with page_entries; empty: its own.
+        pair_entries: records of merged entries that a page has room for, where a layer and its owner are merged.
+        pair_retained: share of the entries that may stay out of that.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -374,6 +396,8 @@ def plan_prompt(
         page_entries=page_entries,
         encodes=encodes,
         layer_owners=layer_owners,
+        pair_entries=pair_entries,
+        pair_retained=pair_retained,
     )
     tail = plan.num_tail
     held = -(-num_kept // block_size)

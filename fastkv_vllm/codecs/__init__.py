@@ -6,6 +6,7 @@ from fastkv_vllm.codecs.channels import best_channels
 from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
 from fastkv_vllm.codecs.kivi import KiviCodec
+from fastkv_vllm.codecs.merged import PairCodec
 
 CODECS: dict[str, Codec] = {
     "fp8": Float8Codec(),
@@ -17,4 +18,14 @@ CODECS: dict[str, Codec] = {
     "exact": ExactCodec(),
 }
 
-__all__ = ["CODECS", "AffineCodec", "Codec", "EntryShape", "ExactCodec", "Float8Codec", "KiviCodec", "best_channels"]
+__all__ = [
+    "CODECS",
+    "AffineCodec",
+    "Codec",
+    "EntryShape",
+    "ExactCodec",
+    "Float8Codec",
+    "KiviCodec",
+    "PairCodec",
+    "best_channels",
+]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
 
 NO_CODEC = "none"
+VALUES, KEYS_AND_VALUES = MERGES = ("values", "keys_and_values")  # what of two layers may be merged
 
 
 def complete(config: "CompressionConfig") -> None:
@@ -111,7 +112,8 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
     rule = f"left out: heads of {config.method} let go of entries before the last query that the rule asks"
     check(loss is None or not config.streams, "halting_loss", rule, config)
-    evicts = cls.default_evict_while_decoding and config.codec == NO_CODEC and config.layer_owners is None
+    by_layer = config.layer_owners is None and config.merge_layers is None
+    evicts = cls.default_evict_while_decoding and config.codec == NO_CODEC and by_layer
     fill_in(config, "evict_while_decoding", evicts)
     check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
     rule = f"false: entries stored with codec {config.codec!r} cannot be chosen from again"
@@ -183,11 +185,13 @@ def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
 def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
     """Layers that read others' entries have no choice, no budget and no place of their own."""
     owners = config.layer_owners
-    if owners is None:
+    _complete_merging(config, cls)
+    if owners is None and config.merge_layers is None:
         return
+    of_heads = (UNIFORM, *HEAD_BUDGETS) if config.merge_layers is None else (UNIFORM,)
     for name, allowed, rule in (
         ("layer_budgets", (UNIFORM,), UNIFORM),
-        ("head_budgets", (UNIFORM, *HEAD_BUDGETS), " or ".join((UNIFORM, *HEAD_BUDGETS))),
+        ("head_budgets", of_heads, " or ".join(of_heads)),
         ("codec", (NO_CODEC,), NO_CODEC),
         ("evict_while_decoding", (False,), "false"),
         ("halting_loss", (None,), "left out"),
@@ -196,7 +200,7 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
         check(getattr(config, name) in allowed, name, f"{rule} where layers read the entries of others", config)
     rule = f"left out: {config.method} reads tokens again, whose entries are not compressed"
     check(not cls.reads_again, "layer_owners", rule, config)
-    if isinstance(owners, str):
+    if owners is None or isinstance(owners, str):
         return  # `for_model` wants numbers
     rule = (
         "the path of a file of `fastkv-vllm calibrate sharing`, or for each layer the one whose entries it reads: its "
@@ -205,7 +209,23 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
     numbers = is_list(owners) and all(is_int(owner) and 0 <= owner <= n for n, owner in enumerate(owners))
     holds = numbers and all(owners[owner] == owner for owner in owners) and len(set(owners)) < len(owners)
     check(holds, "layer_owners", rule, config)
+    if config.merge_layers is not None:
+        rule = "a layer's own number or that of the one before it: neighbours are merged, in pairs"
+        check(all(owner >= layer - 1 for layer, owner in enumerate(owners)), "layer_owners", rule, config)
     object.__setattr__(config, "layer_owners", tuple(owners))
+
+
+def _complete_merging(config: "CompressionConfig", cls: type[Method]) -> None:
+    merging = config.merge_layers
+    check(merging in (None, *MERGES), "merge_layers", f"one of {', '.join(MERGES)}, or left out", config)
+    rule = f"left out: in {config.method} each layer chooses entries of its own"
+    check(merging is None or not cls.votes(), "merge_layers", rule, config)
+    for name, default in (("merge_t", 0.6), ("merge_gamma", 0.05)):
+        if merging is None:
+            check(getattr(config, name) is None, name, "left out without merge_layers", config)
+            continue
+        fill_in(config, name, default)
+        check(is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1, name, "in [0, 1]", config)
 
 
 def _check_requests(config: "CompressionConfig") -> None:

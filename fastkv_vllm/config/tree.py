@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
-from fastkv_vllm.codecs import CODECS, EntryShape
-from fastkv_vllm.config.rules import NO_CODEC, as_json, complete, each
+from fastkv_vllm.codecs import CODECS, EntryShape, PairCodec
+from fastkv_vllm.config.rules import NO_CODEC, VALUES, as_json, complete, each
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, OBSERVED, Allocator, BudgetOptions, Method, method_class
 
 
@@ -63,7 +63,12 @@ class CompressionConfig:
             window. Without it all that follows the prompt stays in the model's dtype.
         layer_owners: layer whose entries each layer reads once the prompt has ended: path of the file that `fastkv-vllm
             calibrate sharing` wrote, or the numbers, [layers]; a layer reads its own or those of an earlier one that
-            reads its own.
+            reads its own. None: all read their own, or with merge_layers pairs of neighbours from the middle on.
+        merge_layers: "values" or "keys_and_values": a layer with an owner does not read the owner's entries, both are
+            stored as one, a direction and each layer's magnitude; None: nothing is merged.
+        merge_t: weight of the upper layer's direction in a merged pair, [0, 1]; None: 0.6.
+        merge_gamma: entries in the band of this share of the range below the largest distance of a pair are not merged,
+            [0, 1]; of so large a share of the entries at most, the farthest; None: 0.05.
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
@@ -101,6 +106,9 @@ class CompressionConfig:
     residual_window: int | None = None
     encode_generated: bool = False
     layer_owners: str | tuple[int, ...] | None = None
+    merge_layers: str | None = None
+    merge_t: float | None = None
+    merge_gamma: float | None = None
     min_tokens: int = 512
     allow_request_override: bool = True
     min_retention_ratio: float = 0.0
@@ -154,8 +162,8 @@ class CompressionConfig:
                     f"kv_compression_config: head_weights must be of {num_layers} layers with {num_kv_heads} KV heads "
                     f"each, as the model has; got {len(weights)} with {', '.join(map(str, sorted(widths)))}"
                 )
+        self = self._with_pairs(num_layers)._with_schedule(num_layers)
         self._require_owners_of(num_layers)
-        self = self._with_schedule(num_layers)
         if not self.uses_tsp:
             return self
         default = num_layers // 2 - 1 if self.rank_variance is None else num_layers - 2
@@ -175,6 +183,20 @@ class CompressionConfig:
         return dataclasses.replace(
             self, tsp_layer=layer, min_tsp_layer=self._min_tsp_layer(num_layers, layer), max_tsp_tokens=limit
         )
+
+    def _with_pairs(self, num_layers: int) -> "CompressionConfig":
+        """The same with the pairs that are merged, where they are not given."""
+        if self.layer_owners is not None or self.merge_layers is None:
+            return self
+        first = num_layers // 2
+        last = num_layers - (num_layers - first) % 2
+        owners = (layer - (first <= layer < last and (layer - first) % 2) for layer in range(num_layers))
+        return dataclasses.replace(self, layer_owners=tuple(owners))
+
+    def pair_codec(self) -> PairCodec:
+        """How layers are merged."""
+        assert self.merge_t is not None and self.merge_gamma is not None, "filled in with merge_layers"
+        return PairCodec(self.merge_t, self.merge_gamma, values_only=self.merge_layers == VALUES)
 
     def _require_owners_of(self, num_layers: int) -> None:
         owners = self.layer_owners
@@ -341,6 +363,10 @@ class CompressionConfig:
                 rows = [0]  # raised to what stays
             cuts = list(zip(self.tsp_layers, rows, strict=True))
         owners = self.layer_owners if isinstance(self.layer_owners, tuple) else ()
+        pair_entries = None
+        if owners and self.merge_layers is not None:
+            assert entry is not None, "records are of entries of some shape"
+            pair_entries = self.pair_codec().page_entries(block_size, entry)
         plan = plan_prompt(
             num_tokens,
             block_size=block_size,
@@ -360,6 +386,8 @@ class CompressionConfig:
             encodes=self.encode_generated,
             page_entries=None if entry is None else self.page_entries(block_size, entry),
             layer_owners=owners,
+            pair_entries=pair_entries,
+            pair_retained=self.merge_gamma or 0.0,
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
             return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))

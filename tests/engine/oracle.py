@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tests.reference.budgets
 import tests.reference.codecs
+import tests.reference.merging
 import tests.reference.model
 import tests.reference.selection
 from fastkv_vllm.cache import LeftAlone, PromptPlan
@@ -72,6 +73,9 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         encode_after=BLOCK_SIZE if plan.encodes else None,
         residual=plan.residual if plan.encodes else 0,
         layer_owners=plan.layer_owners,
+        merge=None
+        if plan.pair_entries is None
+        else (config.merge_t, config.merge_gamma, config.merge_layers == "values"),
     )
 
 
@@ -91,9 +95,12 @@ def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -
     for first in range(0, num_ranks * num_heads, num_heads):
         layers = [layer[first : first + num_heads] for layer in generation.kept]
         heads = [len(head) - plan.num_tail for layer in layers for head in layer]
-        if plan.layer_owners:  # layers that read another's entries hold none
-            owns = [layer == owner for layer, owner in enumerate(plan.layer_owners) for _ in range(num_heads)]
-            heads = [entries * own for entries, own in zip(heads, owns, strict=True)]
+        if plan.layer_owners:  # alike in all layers
+            heads = [
+                plan.pages_of_layers(entries // plan.block_size)[layer] * plan.block_size
+                for layer in range(len(layers))
+                for entries in heads[layer * num_heads : (layer + 1) * num_heads]
+            ]
         pages = sum(-(-(entries + awaited) // (plan.page_entries or plan.block_size)) for entries in heads)
         needed.append(-(-pages // len(heads)))
     return plan.num_whole_blocks - max(needed)
@@ -184,6 +191,7 @@ def _generate(
     losses_by_count = tests.reference.budgets.losses_by_count
     relative_variance = tests.reference.selection.relative_variance
     channel_parts = tests.reference.codecs.channel_parts
+    retained = tests.reference.merging.retained
     by_density, hand_out = tests.reference.budgets.by_density, tests.reference.budgets.hand_out
     wishes: list[list[float]] = []  # of layers by density
 
@@ -239,6 +247,14 @@ def _generate(
         gaps.append((last - first_out) / last)
         return parts
 
+    def retain_and_measure(distances: dict[int, list[float]], gamma: float, most: int) -> set[int]:
+        farthest = sorted((max(of) for of in zip(*distances.values(), strict=True)), reverse=True)
+        for of_half in distances.values():
+            limit = max(of_half) + (min(of_half) - max(of_half)) * gamma
+            gaps.extend(abs(d - limit) * 30 for d in of_half)  # an angle's noise is some 1e-7 of a half turn
+        gaps.append((farthest[most - 1] - farthest[most]) * 30 if 0 < most < len(farthest) else 1.0)
+        return retained(distances, gamma, most)
+
     def vary_and_measure(drop: Drop, *ratings: Any) -> float:
         left = relative_variance(drop, *ratings)
         gaps.append(abs(left - drop.rank_variance) / 10)  # noise swaps a few equal ranks: a thousandth is far away
@@ -247,6 +263,7 @@ def _generate(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tests.reference.selection, "relative_variance", vary_and_measure)
         patch.setattr(tests.reference.codecs, "channel_parts", part_and_measure)
+        patch.setattr(tests.reference.merging, "retained", retain_and_measure)
         patch.setattr(tests.reference.budgets, "by_density", wish_and_remember)
         patch.setattr(tests.reference.budgets, "hand_out", hand_out_and_measure)
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)

@@ -87,6 +87,15 @@ SHARING = {
     "fastkv-sharing": ("fastkv", TSP | {"layer_owners": OWNERS}),
     "adakv-sharing": ("adakv", SMALL | {"layer_owners": [0, 0, 2, 2, 2, 5, 6, 6]}),
 }
+WHOLE = {"min_tokens": 128, "retention_ratio": 1.0}
+MERGED = {
+    "merged-values": ("streamingllm", WHOLE | {"merge_layers": "values", "layer_owners": [0, 0, 2, 2, 4, 5, 5, 7]}),
+    "merged": ("streamingllm", WHOLE | {"merge_layers": "keys_and_values"}),
+    "merged-dropping": (
+        "streamingllm",
+        WHOLE | {"retention_ratio": 0.6, "merge_layers": "keys_and_values", "merge_gamma": 0.3, "merge_t": 0.3},
+    ),
+}
 # Name -> method and configuration of requests that are served together.
 REQUESTS = {
     "fastkv": ("fastkv", TSP),
@@ -113,5 +122,7 @@ REQUESTS = {
     "sharing": SHARING["sharing"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
     "snapkv-exact": ("snapkv", SMALL | {"codec": "exact", "channel_ratio": 0.6, "residual_window": 32}),
+    "merged-values": MERGED["merged-values"],
+    "merged": MERGED["merged"],
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

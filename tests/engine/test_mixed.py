@@ -35,7 +35,7 @@ def test_blocks_held_are_those_of_the_pages_that_stay(engine, monkeypatch, metho
     pages = (sum(heads) / len(heads) - plan.num_tail) / BLOCK_SIZE
     assert pages < plan.num_pages if config.halting_loss else pages == plan.num_pages
     if plan.layer_owners:
-        pages *= len(set(plan.layer_owners)) / len(plan.layer_owners)
+        pages = sum(plan.pages_of_layers(plan.num_pages)) / len(plan.layer_owners)
     own = -(-(plan.num_tail + 3) // BLOCK_SIZE)  # of the tail and of three generated tokens
     assert 0 <= held - own - pages < 1, f"{held} blocks held, {pages} pages a layer and head and {own} blocks needed"
 

@@ -1,4 +1,6 @@
-"""Layers that read the entries of others: the tokens of a reference that does so, in fewer blocks."""
+"""Layers that read the entries of others or are merged with them: a reference's tokens, in fewer blocks."""
+
+import math
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from fastkv_vllm.cache import PromptPlan
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of
 from tests.engine.requests import answer, ask, filled
-from tests.engine.settings import SHARING
+from tests.engine.settings import MERGED, REQUESTS, SHARING
 
 LENGTHS = [611, 400, 90, 704, 385]  # 90 is below min_tokens
 
@@ -53,6 +55,50 @@ def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
     assert torch.equal(table, table[list(owners)])
 
 
+@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("num_tokens", [700, 704])
+def test_merged_layers_hold_records_and_what_is_retained(engine, name, num_tokens):
+    method, settings = MERGED[name]
+    config = filled(method, settings)
+    prompt = clear(engine.checkpoint, config, *make_prompts([num_tokens], seed=num_tokens), 4)
+    held, blocks = [], []
+
+    def look(output):
+        held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
+        blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
+
+    with engine.watch(after=look):
+        ask(engine, [(prompt, method, settings)], 4)
+    plan = plan_of(config, num_tokens)
+    assert isinstance(plan, PromptPlan) and plan.layer_owners == config.layer_owners
+    width = 3 * 32 + 2 if config.merge_layers == "values" else 2 * 32 + 4
+    num_records = -(-plan.num_pages * BLOCK_SIZE // (BLOCK_SIZE * 2 * 32 // width))
+    num_retained = math.ceil(plan.num_pages * config.merge_gamma)
+    expected = [plan.num_pages] * 8
+    for layer, owner in enumerate(plan.layer_owners):
+        if layer != owner:
+            expected[owner], expected[layer] = num_records, num_retained
+    stored = held[-1].stored
+    assert stored.counts.tolist() == [[count, count] for count in expected]
+    assert blocks[-1] == -(-sum(expected) // 8) + -(-(num_tokens + 3) // BLOCK_SIZE) - plan.num_whole_blocks
+    assert sum(expected) < 8 * plan.num_pages
+    taken = stored.pages[torch.arange(stored.pages.shape[2]) < stored.counts.unsqueeze(-1)]
+    assert len(set(taken.tolist())) == len(taken), "a page is held twice"
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_layers_in_mixed_batches(engine, name):
+    """In chunks, beside a prompt that a codec stores and one whose layers read others' entries."""
+    with engine.step_tokens(200), engine.watch():
+        asked = [(name, MERGED[name]), *((other, REQUESTS[other]) for other in ("adakv-int8", "sharing", "none"))]
+        prompts = make_prompts([611, 500, 400, 300], seed=5)
+        ready = [
+            (clear(engine.checkpoint, filled(*settings), prompt, 8), *settings)
+            for prompt, (_, settings) in zip(prompts, asked, strict=True)
+        ]
+        ask(engine, ready, 8)
+
+
 def test_question_behind_a_context(engine):
     """Several queries a sequence read another layer's pages."""
     engine.check(make_prompts([611, 704]), max_tokens=5, contexts=[500, 681])
@@ -66,7 +112,7 @@ def test_preempted(engine):
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     with engine.step_tokens(100), engine.watch(before=preempt):
-        answer(engine, ["fastkv-sharing", "sharing", "none", "adakv-int8"], max_tokens=8)
+        answer(engine, ["fastkv-sharing", "sharing", "merged", "adakv-int8"], max_tokens=8)
     assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
 
 

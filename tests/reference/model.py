@@ -1,6 +1,7 @@
 """A slow, readable float32 decoder that reads a checkpoint and drops exactly the entries a method drops."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 import tests.reference.budgets
 import tests.reference.codecs
 import tests.reference.eviction
+import tests.reference.merging
 import tests.reference.streaming
 from tests.reference.images import image_rows
 from tests.reference.scores import (
@@ -194,6 +196,8 @@ class ReferenceModel:
                     layer.votes = _take(layer.votes, rows, stay)
                 kept.append(stay)
             kept = [kept[owner] for owner in drop.layer_owners] or kept
+            if drop.merge is not None:
+                _merge(layers, kept, drop, len(prompt))
         return hidden, layers, kept, cuts
 
     def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
@@ -206,7 +210,8 @@ class ReferenceModel:
             queries, keys, values = self._project(layer.weights, hidden, torch.tensor([position]))
             layer.keys = [torch.cat(pair) for pair in zip(layer.keys, keys, strict=True)]
             layer.values = [torch.cat(pair) for pair in zip(layer.values, values, strict=True)]
-            read = layers[drop.layer_owners[index]] if drop is not None and drop.layer_owners else layer
+            shares = drop is not None and drop.layer_owners and drop.merge is None
+            read = layers[drop.layer_owners[index]] if shares else layer
             hidden = self._finish(layer.weights, hidden, _attend(queries, read.keys, read.values))
             if drop is not None and drop.period is not None:
                 layer.queries = torch.cat([layer.queries, queries], dim=1)[:, -drop.num_later_voters :]
@@ -367,6 +372,22 @@ def _store(layer: _Layer, counts: Sequence[int], drop: Drop) -> None:
         keys[:, own], layer.values[head][more] = parts
         layer.keys[head][more] = keys
         layer.num_stored[head] = more.stop
+
+
+def _merge(layers: Sequence[_Layer], kept: Sequence[Sequence[Tensor]], drop: Drop, num_tokens: int) -> None:
+    """Put into the caches of layers and their owners what their merged form gives back, but for the tail."""
+    t, gamma, values_only = drop.merge
+    for layer, owner in enumerate(drop.layer_owners):
+        if layer == owner:
+            continue
+        pair = layers[owner], layers[layer]
+        for head, positions in enumerate(kept[layer]):
+            n = int((positions < num_tokens - drop.tail(num_tokens)).sum())
+            most = math.ceil(n // drop.block_size * gamma) * drop.block_size
+            own = [(of.keys[head][:n], of.values[head][:n]) for of in pair]
+            merged = tests.reference.merging.merge_pair(*own, t=t, gamma=gamma, most=most, values_only=values_only)
+            for of, (keys, values) in zip(pair, merged, strict=True):
+                of.keys[head][:n], of.values[head][:n] = keys, values
 
 
 def _refuse_unsupported(config: dict) -> None:

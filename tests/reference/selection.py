@@ -51,6 +51,7 @@ class Drop:
     encode_after, residual: where set, as many more entries are stored whenever the text but for its last `residual`
         tokens is a multiple of that long.
     layer_owners: layer whose entries each layer reads after the prompt; empty: its own.
+    merge: where these two are merged instead: t, gamma, and whether keys are not; see `merging`.
     """
 
     method: str
@@ -84,6 +85,7 @@ class Drop:
     encode_after: int | None = None
     residual: int = 0
     layer_owners: tuple[int, ...] = ()
+    merge: tuple[float, float, bool] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
