@@ -320,7 +320,7 @@ BAD = [
     ("channel_ratio", 0.6, "left out without a codec"),
     *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
     ("residual_window", 8, "left out without a codec"),
-    *[("encode_generated", value, "true or false") for value in (0, 1, "true", None)],
+    *[("encode_generated", value, "true or false") for value in (0, 1, "true")],
     ("encode_generated", True, "false without a codec"),
     *[
         (name, value, r"in \(0, 1\)")
@@ -379,8 +379,9 @@ def test_room_for_what_is_encoded_later_is_in_the_plan() -> None:
     The four blocks' codes have room from the prompt's end on; the first generated block needs none of its own before
     2080 entries are encoded.
     """
-    whole = {"codec": "kivi2", "retention_ratio": 1.0, "residual_window": 100, "encode_generated": True}
-    config = CompressionConfig("snapkv", **whole)
+    config = CompressionConfig("kivi", residual_window=100)
+    assert (config.codec, config.retention_ratio, config.encode_generated) == ("kivi4", 1.0, True)
+    config = CompressionConfig("kivi", codec="kivi2", residual_window=100)
     plan = config.plan(2048, 32, entry=ENTRY)
     assert isinstance(plan, PromptPlan)
     assert (plan.num_pages, plan.num_tail, plan.num_awaited) == (60, 128, 128)
@@ -394,6 +395,8 @@ def test_room_for_what_is_encoded_later_is_in_the_plan() -> None:
 
 
 def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:
+    assert not CompressionConfig("kivi", head_budgets="adaptive").encode_generated
+    assert not CompressionConfig("kivi", codec="none").encode_generated
     for method in ("adakv", "dbudgetkv"):
         with pytest.raises(ValueError, match="encode_generated must be false where layers or heads keep differently"):
             CompressionConfig(method, codec="int4", encode_generated=True)

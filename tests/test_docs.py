@@ -53,7 +53,9 @@ def composition_table() -> str:
             else f"any, its own: {config.head_budgets}",
             "its own" if cls.default_value_norms else "yes" if cls.votes() and not cls.reads_again else "no",
             "no"
-            if cls.reads_again or (cls.layer_budgets in CUT_BUDGETS and not config.evict_while_decoding)
+            if cls.reads_again
+            or cls.default_codec is not None
+            or (cls.layer_budgets in CUT_BUDGETS and not config.evict_while_decoding)
             else "yes"
             if config.evict_while_decoding
             else "if asked to",

@@ -38,7 +38,7 @@ def complete(config: "CompressionConfig") -> None:
     _complete_shares(config, cls)
     _complete_codec(config, cls)
     _complete_budgets(config, cls)
-    _check_encoding(config)
+    _complete_encoding(config, cls)
     _complete_cuts(config, cls)
     _check_owners(config, cls)
     _check_requests(config)
@@ -145,12 +145,13 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     check(is_int(value) and low <= value < high, "residual_window", rule, config)
 
 
-def _check_encoding(config: "CompressionConfig") -> None:
+def _complete_encoding(config: "CompressionConfig", cls: type[Method]) -> None:
     """Whether what is generated is encoded: room for it is counted in blocks of all layers and heads alike."""
+    is_even = not config.make_allocator().is_ragged and config.halting_loss is None
+    fill_in(config, "encode_generated", cls.default_encode_generated and config.codec != NO_CODEC and is_even)
     encodes = config.encode_generated
     check(isinstance(encodes, bool), "encode_generated", "true or false", config)
     check(not encodes or config.codec != NO_CODEC, "encode_generated", "false without a codec", config)
-    is_even = not config.make_allocator().is_ragged and config.halting_loss is None
     rule = "false where layers or heads keep differently many entries"
     check(not encodes or is_even, "encode_generated", rule, config)
 

@@ -60,7 +60,7 @@ class CompressionConfig:
         residual_window: last tokens that a codec leaves in the model's dtype; None: the method's own, the window at
             least.
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
-            window. Without it all that follows the prompt stays in the model's dtype.
+            window; None: the method's own. Without it all that follows the prompt stays in the model's dtype.
         layer_owners: layer whose entries each layer reads once the prompt has ended: path of the file that `fastkv-vllm
             calibrate sharing` wrote, or the numbers, [layers]; a layer reads its own or those of an earlier one that
             reads its own. None: all read their own, or with merge_layers pairs of neighbours from the middle on.
@@ -104,7 +104,7 @@ class CompressionConfig:
     codec: str | None = None
     channel_ratio: float | None = None
     residual_window: int | None = None
-    encode_generated: bool = False
+    encode_generated: bool | None = None
     layer_owners: str | tuple[int, ...] | None = None
     merge_layers: str | None = None
     merge_t: float | None = None
@@ -383,7 +383,7 @@ class CompressionConfig:
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,
             residual=self.residual_window or 0,
-            encodes=self.encode_generated,
+            encodes=bool(self.encode_generated),
             page_entries=None if entry is None else self.page_entries(block_size, entry),
             layer_owners=owners,
             pair_entries=pair_entries,

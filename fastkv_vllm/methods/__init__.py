@@ -21,6 +21,7 @@ from fastkv_vllm.methods.gemfilter import GemFilter
 from fastkv_vllm.methods.h2o import H2O
 from fastkv_vllm.methods.halting import halting_pages, kept_norms, last_attention
 from fastkv_vllm.methods.headkv import HeadKV
+from fastkv_vllm.methods.kivi import KIVI
 from fastkv_vllm.methods.lazyllm import LazyLLM
 from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
@@ -39,6 +40,7 @@ __all__ = [
     "DENSITY",
     "H2O",
     "HEAD_BUDGETS",
+    "KIVI",
     "LAYER_BUDGETS",
     "MODEL_BUDGETS",
     "OBSERVED",

@@ -31,8 +31,8 @@ class Method(ABC):
             the last `window_size`; 0: images make no difference.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
             default_halting_loss, default_rank_variance, default_evict_while_decoding, default_codec,
-            default_residual_window: the fields of CompressionConfig without `default_`, when the configuration does not
-            say.
+            default_residual_window, default_encode_generated: the fields of CompressionConfig without `default_`, when
+            the configuration does not say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         streams: heads that keep less than the prompt let go of the rest while it is read, where their budgets are known
             from its length (see `cache.Streaming`); the method rates by position alone.
@@ -63,6 +63,7 @@ class Method(ABC):
     streams: ClassVar[bool] = False
     default_codec: ClassVar[str | None] = None
     default_residual_window: ClassVar[int] = 0
+    default_encode_generated: ClassVar[bool] = False
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

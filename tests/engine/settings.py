@@ -66,15 +66,9 @@ ENCODED = {
     "streamingllm-whole-kivi4": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "codec": "kivi4"}),
 }
 # Those whose generated tokens are encoded, too.
-KIVI = {
-    "min_tokens": 128,
-    "retention_ratio": 1.0,
-    "codec": "kivi2",
-    "residual_window": 40,
-    "encode_generated": True,
-}
+KIVI = {"min_tokens": 128, "codec": "kivi2", "residual_window": 40}
 ENCODING = {
-    "kivi": ("streamingllm", KIVI),
+    "kivi": ("kivi", KIVI),
     "fastkv-int8": (
         "fastkv",
         TSP | {"codec": "int8", "channel_ratio": 0.7, "residual_window": 100, "encode_generated": True},
@@ -118,7 +112,7 @@ REQUESTS = {
     "duoattention": ("duoattention", DUO | {"retention_ratio": 0.6, "head_weights": WEIGHTS}),
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
-    "kivi": ("streamingllm", KIVI | {"codec": "kivi4"}),
+    "kivi": ("kivi", KIVI | {"codec": "kivi4"}),
     "sharing": SHARING["sharing"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
     "snapkv-exact": ("snapkv", SMALL | {"codec": "exact", "channel_ratio": 0.6, "residual_window": 32}),

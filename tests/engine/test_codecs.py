@@ -129,7 +129,7 @@ def test_prefix_caching(start):
 def test_prefix_caching_of_what_is_encoded_later(start):
     """The prompt's blocks in the window are shared when they are encoded; the places of their codes are not."""
     settings = KIVI | {"residual_window": 100}
-    engine = start("streamingllm", settings, enable_prefix_caching=True, num_gpu_blocks_override=120)
+    engine = start("kivi", settings, enable_prefix_caching=True, num_gpu_blocks_override=120)
     first = make_prompts([640], seed=9)[0]
     for length, context in ((560, 500), (640, 600), (640, 600)):
         with engine.watch(after=lambda _: look_at_codes(engine)):

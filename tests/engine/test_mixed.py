@@ -6,7 +6,7 @@ from vllm.exceptions import VLLMValidationError
 
 from fastkv_vllm.methods import method_names
 from tests.engine.harness import sampling
-from tests.engine.oracle import BLOCK_SIZE, make_prompts, plan_of, reference
+from tests.engine.oracle import BLOCK_SIZE, code_blocks, make_prompts, plan_of, reference
 from tests.engine.requests import answer, filled
 from tests.engine.settings import CUTS, GEMFILTER, REQUESTS, SMALL, TSP
 
@@ -34,6 +34,8 @@ def test_blocks_held_are_those_of_the_pages_that_stay(engine, monkeypatch, metho
     heads = [len(head) for layer in reference(engine.checkpoint, config, prompt, 4).kept for head in layer]
     pages = (sum(heads) / len(heads) - plan.num_tail) / BLOCK_SIZE
     assert pages < plan.num_pages if config.halting_loss else pages == plan.num_pages
+    if plan.page_entries is not None:
+        pages = code_blocks(plan, plan.num_whole_blocks)
     if plan.layer_owners:
         pages = sum(plan.pages_of_layers(plan.num_pages)) / len(plan.layer_owners)
     own = -(-(plan.num_tail + 3) // BLOCK_SIZE)  # of the tail and of three generated tokens
