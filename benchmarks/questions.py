@@ -1,5 +1,6 @@
 """Needle questions to the tiny model, asked through the OpenAI API of a running server."""
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ HEAD_SETTINGS = {
     "importance": {"head_weights": "benchmarks/tiny_model/heads.json"},
     "retrieval": {"head_weights": "benchmarks/tiny_model/duo.json", "num_sink": 4, "streaming_tokens": 68},
 }
+SHARING = Path(__file__).parent / "tiny_model" / "sharing.json"  # which layers can read another's entries
 MAX_ANSWER_TOKENS = 20
 LONG_ANSWER_TOKENS = 1536  # seconds of decoding, of which only the first are waited for
 PLAIN = "none"  # stands for vLLM without --kv-compression wherever methods are listed
@@ -47,6 +49,7 @@ def tiny_model_config(method: str) -> dict[str, Any]:
     return {
         **({"tsp_layer": TSP_LAYER} if cls.propagates and not finds_its_layer else {}),
         **HEAD_SETTINGS.get(cls.head_budgets, {}),
+        **({"layer_owners": json.loads(SHARING.read_text())["data"]["owners"]} if cls.shares_layers else {}),
     }
 
 

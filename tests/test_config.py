@@ -135,6 +135,8 @@ def test_owners_are_of_each_layer_and_see_the_same_rows() -> None:
     with pytest.raises(ValueError, match="layer 2 reads the entries of layer 0 and rows are cut after layer 1"):
         early.for_model(num_layers=6, num_kv_heads=2, max_model_len=512)
     dataclasses.replace(early, tsp_ratio=1.0).for_model(num_layers=6, num_kv_heads=2, max_model_len=512)
+    with pytest.raises(ValueError, match="layer_owners must be given for kvsharer: the path of"):
+        CompressionConfig("kvsharer").for_model(num_layers=6, num_kv_heads=2, max_model_len=512)
 
 
 @pytest.mark.parametrize(
@@ -511,6 +513,8 @@ def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
     assert CompressionConfig(**json.loads(json.dumps(config.to_mapping()))) == config
     if config.head_budgets in MODEL_BUDGETS:
         config = dataclasses.replace(config, head_weights=((0.0, 1.0),) * 8)
+    if method_class(method).shares_layers:
+        config = dataclasses.replace(config, layer_owners=(0, 1, 2, 3, 4, 5, 6, 2))
     filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
 

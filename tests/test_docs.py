@@ -55,6 +55,7 @@ def composition_table() -> str:
             "no"
             if cls.reads_again
             or cls.default_codec is not None
+            or cls.shares_layers
             or (cls.layer_budgets in CUT_BUDGETS and not config.evict_while_decoding)
             else "yes"
             if config.evict_while_decoding
@@ -62,7 +63,7 @@ def composition_table() -> str:
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "up to the KV heads",
             "needed"
-            if cls.head_budgets in MODEL_BUDGETS
+            if cls.head_budgets in MODEL_BUDGETS or cls.shares_layers
             else "TSP layer"
             if cls.propagates and cls.layer_budgets not in CUT_BUDGETS and cls.default_rank_variance is None
             else "no",

@@ -11,7 +11,14 @@ from benchmarks import plots, report
 from benchmarks.kept_map import draw
 from fastkv_vllm.methods import method_names
 
-RATIOS = {"pyramidinfer": 0.6, "lazyllm": 0.5, "dbudgetkv": 0.9, "kivi": 1.0}  # those for which a tenth is no budget
+# Those for which a tenth is no budget.
+RATIOS = {
+    "pyramidinfer": 0.6,
+    "lazyllm": 0.5,
+    "dbudgetkv": 0.9,
+    "kivi": 1.0,
+    "kvsharer": 1,
+}  # those for which a tenth is no budget
 QUALITY = json.loads((report.RESULTS / "quality.json").read_text())
 
 

@@ -157,6 +157,8 @@ class Choice:
         model = self._vllm_config.model_config
         if config.head_weights is None and config.head_budgets == self.default.head_budgets:
             config = dataclasses.replace(config, head_weights=self.default.head_weights)
+        if config.layer_owners is None and method_class(config.method).shares_layers:
+            config = dataclasses.replace(config, layer_owners=self.default.layer_owners)
         config = config.for_model(
             num_layers=model.get_total_num_hidden_layers(),
             num_kv_heads=model.get_total_num_kv_heads(),

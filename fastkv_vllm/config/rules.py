@@ -187,7 +187,7 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
     """Layers that read others' entries have no choice, no budget and no place of their own."""
     owners = config.layer_owners
     _complete_merging(config, cls)
-    if owners is None and config.merge_layers is None:
+    if owners is None and config.merge_layers is None and not cls.shares_layers:
         return
     of_heads = (UNIFORM, *HEAD_BUDGETS) if config.merge_layers is None else (UNIFORM,)
     for name, allowed, rule in (

@@ -200,6 +200,11 @@ class CompressionConfig:
 
     def _require_owners_of(self, num_layers: int) -> None:
         owners = self.layer_owners
+        if owners is None and method_class(self.method).shares_layers:
+            raise ValueError(
+                f"kv_compression_config: layer_owners must be given for {self.method}: the path of a file of "
+                "`fastkv-vllm calibrate sharing`, or numbers"
+            )
         if owners is not None and len(owners) != num_layers:
             raise ValueError(
                 f"kv_compression_config: layer_owners must be {num_layers}, one for each of the model's layers; got "

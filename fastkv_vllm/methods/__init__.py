@@ -22,6 +22,7 @@ from fastkv_vllm.methods.h2o import H2O
 from fastkv_vllm.methods.halting import halting_pages, kept_norms, last_attention
 from fastkv_vllm.methods.headkv import HeadKV
 from fastkv_vllm.methods.kivi import KIVI
+from fastkv_vllm.methods.kvsharer import KVSharer
 from fastkv_vllm.methods.lazyllm import LazyLLM
 from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
@@ -55,6 +56,7 @@ __all__ = [
     "FastKV",
     "GemFilter",
     "HeadKV",
+    "KVSharer",
     "LazyLLM",
     "Method",
     "PyramidInfer",

@@ -34,6 +34,7 @@ class Method(ABC):
             default_residual_window, default_encode_generated: the fields of CompressionConfig without `default_`, when
             the configuration does not say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
+        shares_layers: some layers read the entries of others once the prompt has ended, by `layer_owners`.
         streams: heads that keep less than the prompt let go of the rest while it is read, where their budgets are known
             from its length (see `cache.Streaming`); the method rates by position alone.
         layer_budgets, head_budgets: names of the method's budgets, when the configuration does not say.
@@ -60,6 +61,7 @@ class Method(ABC):
     default_rank_variance: ClassVar[float | None] = None
     schedule_artefact: ClassVar[str | None] = None
     default_evict_while_decoding: ClassVar[bool] = False
+    shares_layers: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     default_codec: ClassVar[str | None] = None
     default_residual_window: ClassVar[int] = 0

@@ -77,7 +77,7 @@ ENCODING = {
 # Layers 3, 5 and 7 of 8 read the entries of others, on their own side of the TSP layer.
 OWNERS = [0, 1, 2, 0, 4, 4, 6, 4]
 SHARING = {
-    "sharing": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "layer_owners": OWNERS}),
+    "kvsharer": ("kvsharer", {"min_tokens": 128, "layer_owners": OWNERS}),
     "fastkv-sharing": ("fastkv", TSP | {"layer_owners": OWNERS}),
     "adakv-sharing": ("adakv", SMALL | {"layer_owners": [0, 0, 2, 2, 2, 5, 6, 6]}),
 }
@@ -113,7 +113,7 @@ REQUESTS = {
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
     "kivi": ("kivi", KIVI | {"codec": "kivi4"}),
-    "sharing": SHARING["sharing"],
+    "kvsharer": SHARING["kvsharer"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
     "snapkv-exact": ("snapkv", SMALL | {"codec": "exact", "channel_ratio": 0.6, "residual_window": 32}),
     "merged-values": MERGED["merged-values"],

@@ -90,7 +90,7 @@ def test_merged_layers_hold_records_and_what_is_retained(engine, name, num_token
 def test_merged_layers_in_mixed_batches(engine, name):
     """In chunks, beside a prompt that a codec stores and one whose layers read others' entries."""
     with engine.step_tokens(200), engine.watch():
-        asked = [(name, MERGED[name]), *((other, REQUESTS[other]) for other in ("adakv-int8", "sharing", "none"))]
+        asked = [(name, MERGED[name]), *((other, REQUESTS[other]) for other in ("adakv-int8", "kvsharer", "none"))]
         prompts = make_prompts([611, 500, 400, 300], seed=5)
         ready = [
             (clear(engine.checkpoint, filled(*settings), prompt, 8), *settings)
@@ -112,12 +112,12 @@ def test_preempted(engine):
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     with engine.step_tokens(100), engine.watch(before=preempt):
-        answer(engine, ["fastkv-sharing", "sharing", "merged", "adakv-int8"], max_tokens=8)
+        answer(engine, ["fastkv-sharing", "kvsharer", "merged", "adakv-int8"], max_tokens=8)
     assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
 
 
 def test_prefix_caching(start):
-    engine = start(*SHARING["sharing"], enable_prefix_caching=True, num_gpu_blocks_override=120)
+    engine = start(*SHARING["kvsharer"], enable_prefix_caching=True, num_gpu_blocks_override=120)
     first = make_prompts([640], seed=9)[0]
     prompts = [first, first[:500] + make_prompts([77], seed=10)[0]]
     for _ in range(2):
