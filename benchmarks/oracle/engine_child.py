@@ -7,11 +7,9 @@ A task has `model` (checkpoint directory), `method` (None: plain vLLM), `config`
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
-
-import torch
 
 from benchmarks.child import answer
 
@@ -29,26 +27,22 @@ def keep(task: dict[str, Any]) -> list[dict[str, Any]]:
     """
     from vllm import SamplingParams
 
-    import fastkv_vllm.adapter.compressor as compressor
-
-    found: list[Sequence[torch.Tensor]] = []
-    _watch_choices(compressor, found)
+    kept: list[list[list[int]]] = []
     llm = _engine(task, max(map(len, task["prompts"])) + task["max_tokens"])
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    runner.compressor.watch = lambda prefill, layer, heads: kept.append([head.tolist() for head in heads])
     sampling = SamplingParams(
         max_tokens=task["max_tokens"], temperature=0.0, stop_token_ids=[task["stop_token"]], detokenize=False
     )
     num_layers = llm.llm_engine.model_config.hf_config.num_hidden_layers
-    num_heads = llm.llm_engine.model_config.hf_config.num_key_value_heads
     answers = []
     for prompt in task["prompts"]:
-        found.clear()
+        kept.clear()
         (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
-        kept = _positions(found, scheduler.compression, len(prompt), num_layers)
-        heads = [layer * (num_heads // len(layer)) for layer in kept]  # one choice is that of all heads
-        answers.append({"kept": heads, "tokens": list(output.outputs[0].token_ids)})
-    if scheduler.totals.requests_compressed != len(task["prompts"]):
-        raise RuntimeError(f"{len(task['prompts'])} prompts sent, not all compressed: {scheduler.totals}")
+        if len(kept) != num_layers:
+            raise RuntimeError(f"{len(kept)} choices of {num_layers} layers: not compressed, or computed twice?")
+        answers.append({"kept": list(kept), "tokens": list(output.outputs[0].token_ids)})
     return answers
 
 
@@ -95,42 +89,6 @@ def _engine(task: dict[str, Any], max_model_len: int) -> Any:
         max_num_seqs=1,
         **flags,
     )
-
-
-def _watch_choices(compressor: Any, found: list[Sequence[torch.Tensor]]) -> None:
-    """From now on `found` gets the columns of each choice, per row, whether rows keep as many each or not."""
-    select, select_ragged = compressor.select, compressor.select_ragged
-
-    def watched_select(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
-        found.append(list(kept := select(scores, num_kept)))
-        return kept
-
-    def watched_select_ragged(scores: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
-        found.append((kept := select_ragged(scores, num_kept)).split(num_kept.tolist()))
-        return kept
-
-    compressor.select, compressor.select_ragged = watched_select, watched_select_ragged
-
-
-def _positions(
-    found: list[Sequence[torch.Tensor]], config: Any, num_tokens: int, num_layers: int
-) -> list[list[list[int]]]:
-    """Kept positions per layer and head, or once for all heads, from a prompt's choices in the order they were made.
-
-    A choice names columns of what its layer saw: the whole prompt up to the first cut, then the rows that went on. A
-    layer with a cut chooses these rows before its entries. The block tail is never chosen: it stays.
-    """
-    choices = iter(found)
-    tail = list(range(num_tokens // BLOCK_SIZE * BLOCK_SIZE, num_tokens))
-    seen, kept = torch.arange(num_tokens), []
-    cuts = dict(config.plan(num_tokens, BLOCK_SIZE).cuts)
-    for layer in range(num_layers):
-        rows = next(choices)[0] if layer in cuts else None
-        kept.append([seen[columns].tolist() + tail for columns in next(choices)])
-        seen = seen if rows is None else seen[rows]
-    if next(choices, None) is not None:
-        raise RuntimeError(f"more choices than {num_layers} layers make: was the prompt computed twice?")
-    return kept
 
 
 def _count_blocks(engine: Any, pool: Any, load: dict[str, Any]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What a worker does with a prompt in one layer: keep its window, rate its entries, move the ones that stay."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,7 @@ class Compressor:
         held: request -> pages of a prompt compressed unevenly or encoded, or of what was read by a stop, until the
             request is gone or preempted.
         scored: request -> scores of each layer, [H or 1, n - tail], of prompts to compress unevenly or to encode in
-            this step.
+            this step, with the rows that the layer ran on.
         kept: request -> columns of each layer that stay before the tail, head after head, of prompts that ended in
             this step and whose entries are evicted while decoding.
         voters: request -> queries of each layer's voters, [W, Hq, D], of prompts whose keys lose channels in this step.
@@ -52,6 +52,7 @@ class Compressor:
             takes them away.
         watches: request -> what finds the layer of its cut, of prompts that end in this step.
         stats: figures of the current step.
+        watch: where set, called with a prompt, a layer and the positions that stay of each KV head, ascending.
     """
 
     def __init__(self) -> None:
@@ -61,11 +62,12 @@ class Compressor:
         self.selected: dict[str, torch.Tensor] = {}
         self.watches: dict[str, RankWatch] = {}
         self.stats = WorkerStats()
+        self.watch: Callable[[PrefillRows, int, Sequence[torch.Tensor]], None] | None = None
         self.layout: PageLayout | None = None
         self.pool: PagePool | None = None
         self.evictor: Evictor | None = None
         self.held: dict[str, Held] = {}
-        self.scored: dict[str, list[torch.Tensor]] = {}
+        self.scored: dict[str, list[tuple[PrefillRows, torch.Tensor]]] = {}
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.voters: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
@@ -163,17 +165,19 @@ class Compressor:
             with self._timed("select_us"):
                 scores = self._settle(prefill, layer, scores)
                 if prefill.plan.reads_again:
+                    self._show_read_again(prefill, kv_cache.shape[1])
                     continue  # what is read again is cached where it stays
                 scores = scores[:, : scores.shape[1] - prefill.plan.num_tail]
                 if prefill.recipe.config.halting_loss is not None:
                     pages = self._halt(prefill, scores, query[prefill.rows][-1] * scale, key, kv_cache)
                     self.halted.setdefault(prefill.request_id, []).append(pages)
                 if prefill.plan.is_ragged or prefill.plan.page_entries is not None:
-                    self.scored.setdefault(prefill.request_id, []).append(scores)
+                    self.scored.setdefault(prefill.request_id, []).append((prefill, scores))
                     continue
                 kept = select(scores, prefill.plan.num_moved)
             with self._timed("compact_us"):
                 kept = kept.expand(kv_cache.shape[1], -1)
+                self._show(prefill, layer, list(kept))
                 if prefill.plan.evicts:
                     self.kept.setdefault(prefill.request_id, []).append(kept.flatten())
                 self._moves.append(even_move(prefill, kept, key, value, kv_cache, layout))
@@ -249,9 +253,9 @@ class Compressor:
             self.held[prefill.request_id], old, new = pages.let_go(ours, pool, destination)
             self._moves.append(Overwrite(pool.cache, (new,), pool.cache[old]))
 
-    def _share(self, prefill: PrefillRows, scores: list[torch.Tensor]) -> None:
+    def _share(self, prefill: PrefillRows, scored: Sequence[tuple[PrefillRows, torch.Tensor]]) -> None:
         """Pages for every layer and head of one prompt, and copies of what goes there."""
-        plan, pool = prefill.plan, self.pool
+        plan, pool, scores = prefill.plan, self.pool, [of_layer for _, of_layer in scored]
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
         with self._timed("select_us"):
             by_block = None
@@ -282,6 +286,9 @@ class Compressor:
                 select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
                 for layer, count in zip(scores, counts, strict=True)
             ]
+        if self.watch is not None:
+            for layer, owner in enumerate(plan.layer_owners or range(len(scored))):
+                self._show(scored[owner][0], layer, kept[owner].split((counts[owner] * plan.block_size).tolist()))
         self.held[prefill.request_id] = held
         if plan.evicts:
             self.kept[prefill.request_id] = kept
@@ -289,6 +296,22 @@ class Compressor:
             num_seen = [layer.shape[1] for layer in scores]
             voters = self.voters.get(prefill.request_id, ())
             self._moves += uneven_moves(prefill, pool, held, kept, num_seen, by_block, voters)
+
+    def _show(self, prefill: PrefillRows, layer: int, kept: Sequence[torch.Tensor]) -> None:
+        """Tell who watches which entries of a layer stay: the columns chosen of each head, and the tail."""
+        if self.watch is None:
+            return
+        positions = self._positions(prefill)
+        tail = positions[len(positions) - prefill.plan.num_tail :]
+        self.watch(prefill, layer, [torch.cat([positions[columns], tail]) for columns in kept])
+
+    def _show_read_again(self, prefill: PrefillRows, num_heads: int) -> None:
+        """The same of a prompt whose chosen tokens are read again: they are all that stays, in all layers."""
+        if self.watch is None:
+            return
+        assert self.pool is not None, "use_cache came first"
+        for layer in range(len(self.pool.first)):
+            self.watch(prefill, layer, [self.selected[prefill.request_id]] * num_heads)
 
     def _keep_window(self, prefill: PrefillRows, layer: int, query: torch.Tensor) -> None:
         """Remember the queries of those voters that are in a chunk before the last."""

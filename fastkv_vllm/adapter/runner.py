@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -16,12 +17,14 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.kept import LastKept
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
+from fastkv_vllm.adapter.wiring import STATUS_PLUGIN
 from fastkv_vllm.cache import PromptPlan, StepPlan
 
 
@@ -44,6 +47,9 @@ class CPUCompressionRunner(CPUModelRunner):
         self._builder = self.attn_groups[0][0].get_metadata_builder(0)
         self._builder.compressor = self.compressor
         self.compressor.use_cache(self.kv_caches, self._builder.isa)
+        self.last_kept = LastKept(len(self.kv_caches))
+        if STATUS_PLUGIN in (envs.VLLM_PLUGINS or ()):
+            self.compressor.watch = self.last_kept.note
         names = kv_cache_config.kv_cache_groups[0].layer_names
         self._layer_names = {extract_layer_index(name): name for name in names}
         # Wherever a model of several parts keeps them: those that the attention with a cache lies in.

@@ -21,6 +21,7 @@ from fastkv_vllm.methods import MODEL_BUDGETS, method_class
 logger = logging.getLogger("vllm.fastkv")
 
 CONFIG_KEY = "fastkv"
+STATUS_PLUGIN = "fastkv_status"  # to be named in VLLM_PLUGINS
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _RUNNER_V1 = "00"  # to vLLM the same as 0; tells our choice from the user's, so that it can be taken back
 _PACKAGE = "fastkv_vllm.adapter"
@@ -102,16 +103,21 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
         setattr(vllm_config, native.VALIDATOR_FIELD, f"{_PACKAGE}.validator.RequestValidator")
     else:
         validate_request.install(Choice(vllm_config, config))
-    measured = None if config.head_weights is None else "given for each layer and KV head"
+    table = "\n".join(f"  {name:<18} {value}" for name, value in overview(vllm_config).items())
+    logger.info("FastKV compression is on for %s:\n%s", model.model, table)
+
+
+def overview(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What is on, for people: settings, and what follows from them."""
+    config = compression_config(vllm_config)
     rows = {
         **config.to_mapping(),
-        "head_weights": measured,
+        "head_weights": None if config.head_weights is None else "given for each layer and KV head",
         "tsp": _tsp(config),
         "prefix_caching": "on" if vllm_config.cache_config.enable_prefix_caching else "off",
-        "scheduler": scheduler,
+        "scheduler": str(vllm_config.scheduler_config.scheduler_cls).rpartition(".")[2],
     }
-    table = "\n".join(f"  {name:<18} {value}" for name, value in rows.items() if value is not None)
-    logger.info("FastKV compression is on for %s:\n%s", model.model, table)
+    return {name: value for name, value in rows.items() if value is not None}
 
 
 def _tsp(config: CompressionConfig) -> str:

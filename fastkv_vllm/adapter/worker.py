@@ -32,6 +32,10 @@ class CPUCompressionWorker(CPUWorker):
         """What a vLLM with patches/0003 asks for; any other makes its own runner, which then changes its class."""
         return CPUCompressionRunner(self.vllm_config, self.device)
 
+    def last_kept(self) -> dict[str, Any] | None:
+        """For the status page: what stayed of the last compressed prompt on this rank."""
+        return self.model_runner.last_kept.map
+
     def load_model(self, **kwargs: Any) -> None:
         with _compression_backend():
             super().load_model(**kwargs)

@@ -36,6 +36,7 @@ MEMBERS = {
     "vllm.v1.worker.block_table:BlockTable": "block_table get_cpu_tensor",
     "vllm.v1.outputs:ModelRunnerOutput": "req_ids",
     "vllm.forward_context:ForwardContext": "attn_metadata skip_compiled slot_mapping",
+    "vllm.engine.protocol:EngineClient": "collective_rpc vllm_config",
     "vllm.sampling_params:SamplingParams": "extra_args prompt_logprobs",
     "vllm.engine.arg_utils:EngineArgs": "additional_config enable_prefix_caching model",
     "vllm.config:VllmConfig": (
@@ -49,7 +50,8 @@ MEMBERS = {
     "vllm.config:CacheConfig": ("cache_dtype enable_prefix_caching kv_cache_memory_bytes kv_sharing_fast_prefill"),
     "vllm.config:SchedulerConfig": "async_scheduling scheduler_cls",
     "vllm.config:ParallelConfig": (
-        "decode_context_parallel_size enable_dbo pipeline_parallel_size tensor_parallel_size worker_cls"
+        "data_parallel_size decode_context_parallel_size enable_dbo pipeline_parallel_size tensor_parallel_size "
+        "worker_cls"
     ),
 }
 
@@ -98,7 +100,7 @@ class _File:
                 self._use(node.value.id, [node.attr])
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 self._call(node.func.id, {k.arg: k.value for k in node.keywords if k.arg})
-            elif isinstance(node, ast.FunctionDef):
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self._annotated(node)
         for owner in self._classes.values():
             for base in self._upstream_bases(owner):
@@ -122,7 +124,7 @@ class _File:
             self._use(keywords["owner"].id, [ast.literal_eval(keywords["name"])], overrides=True)
         self._use(name, [*keywords])
 
-    def _annotated(self, function: ast.FunctionDef) -> None:
+    def _annotated(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         kinds = {arg.arg: ast.unparse(arg.annotation) for arg in function.args.args if arg.annotation}
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in kinds:
@@ -131,7 +133,7 @@ class _File:
     def _subclass(self, owner: ast.ClassDef, base: str) -> None:
         for part in self._own_bases(owner):
             for node in part.body:
-                if isinstance(node, ast.FunctionDef):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     self._use(base, [node.name], overrides=True)
             self._use(base, sorted(set(_taken_from_self(part))))
 

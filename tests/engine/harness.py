@@ -132,6 +132,16 @@ class Engine:
         finally:
             self.before_schedule, self.after_schedule = [], []
 
+    @contextmanager
+    def watch_kept(self) -> Iterator[list[list[list[int]]]]:
+        """Within it, the list gets the positions that stay of each KV head, layer by layer."""
+        kept: list[list[list[int]]] = []
+        self.compressor.watch = lambda prefill, layer, heads: kept.append([head.tolist() for head in heads])
+        try:
+            yield kept
+        finally:
+            self.compressor.watch = None
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

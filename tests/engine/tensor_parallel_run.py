@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from fastkv_vllm.adapter.kept import merged
 from tests.engine.child import report
 from tests.engine.harness import Engine, logprobs_of
 from tests.engine.oracle import clear, freed_blocks, plan_of, reference
@@ -45,10 +46,12 @@ def main(checkpoint: Path, *names: str) -> None:
             engine.llm.collective_rpc(recorded)
             (output,) = ask(engine, [(alone, method, settings)], 8)
             selections = engine.llm.collective_rpc(recorded)
+            last = merged(engine.llm.collective_rpc("last_kept"), 2)
             ask(engine, [(prompt, method, settings) for prompt in mixed], 36)
         results[name] = {
             "prompt": alone,
             "selections": selections,
+            "last": last,
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": logprobs_of(output),
         }

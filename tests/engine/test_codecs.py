@@ -32,11 +32,12 @@ def test_blocks_hold_encoded_pages(engine):
         held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
         blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
 
-    with engine.watch(after=look):
+    with engine.watch(after=look), engine.watch_kept() as watched:
         engine.check([prompt], max_tokens=4)
     plan = plan_of(engine.config, len(prompt))
     assert isinstance(plan, PromptPlan) and plan.page_entries > plan.block_size
     pages, expected = held[-1], reference(engine.checkpoint, engine.config, prompt, 4)
+    assert watched == [[head.tolist() for head in layer] for layer in expected.kept], "the very entries"
     counts = torch.tensor([[len(head) - plan.num_tail for head in layer] for layer in expected.kept])
     assert torch.equal(pages.counts * plan.block_size, counts)
     stored = -(-counts // plan.page_entries)

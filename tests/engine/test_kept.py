@@ -48,9 +48,10 @@ def test_kept_entries(engine, selections, num_tokens, last):
     (prompt,) = make_prompts([num_tokens], seed=num_tokens)
     step_tokens = num_tokens if last is None else next(n for n in range(90, num_tokens) if num_tokens % n == last)
     prompt = clear(engine.checkpoint, engine.config, prompt, 4)
-    with engine.step_tokens(step_tokens):
+    with engine.step_tokens(step_tokens), engine.watch_kept() as watched:
         engine.check([prompt], max_tokens=4)
     expected = reference(engine.checkpoint, engine.config, prompt, 4)
+    assert watched == [[head.tolist() for head in layer] for layer in expected.kept], "what a watch is told"
     kept, tsp_indices = positions_of(selections, engine.config, expected, num_tokens)
     assert [rows.tolist() for rows in tsp_indices] == [rows.tolist() for rows in expected.tsp_indices]
     for layer, (got, want) in enumerate(zip(kept, expected.kept, strict=True)):

@@ -46,10 +46,11 @@ def test_pages_are_the_references(engine, num_tokens):
     def look(output):
         held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
 
-    with engine.watch(after=look):
+    with engine.watch(after=look), engine.watch_kept() as watched:
         engine.check([prompt], max_tokens=4)
     plan = plan_of(engine.config, num_tokens)
     expected = reference(engine.checkpoint, engine.config, prompt, 4)
+    assert watched == [[head.tolist() for head in layer] for layer in expected.kept], "the very entries"
     counts = torch.tensor([[len(head) for head in layer] for layer in expected.kept])
     assert torch.equal(held[-1].counts * BLOCK_SIZE + plan.num_tail, counts)
     if engine.config.halting_loss is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastkv_vllm.cache import PromptPlan
-from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of
+from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference
 from tests.engine.requests import answer, ask, filled
 from tests.engine.settings import MERGED, REQUESTS, SHARING
 
@@ -38,8 +38,10 @@ def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
         held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
         blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
 
-    with engine.watch(after=look):
+    with engine.watch(after=look), engine.watch_kept() as watched:
         ask(engine, [(prompt, method, settings)], 4)
+    expected = reference(engine.checkpoint, config, prompt, 4)
+    assert watched == [[head.tolist() for head in layer] for layer in expected.kept], "a layer has its owner's entries"
     plan = plan_of(config, num_tokens)
     assert isinstance(plan, PromptPlan)
     owned, owners = held[-1].owned, plan.layer_owners

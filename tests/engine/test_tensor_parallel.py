@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkv_vllm.adapter.kept import shares
 from tests.engine.child import run
 from tests.engine.harness import logprobs_of
 from tests.engine.oracle import reference, tolerance
@@ -22,6 +23,7 @@ def on_two_ranks(checkpoint: Path) -> dict:
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
+        "VLLM_PLUGINS": "fastkv,fastkv_status",  # what was kept last is noted
     }
     return run("tests.engine.tensor_parallel_run", str(checkpoint), *NAMES, env=environment)
 
@@ -41,6 +43,7 @@ def test_two_ranks_agree_with_one(start, checkpoint, on_two_ranks, name):
     expected = reference(checkpoint, config, prompt, 8)
     uneven = any(len(head) != len(layer[0]) for layer in expected.kept for head in layer)
     assert uneven == (name in RAGGED), "the test needs ranks that keep unequally many entries where heads share"
+    assert two["last"]["shares"] == [[shares(head, len(prompt)) for head in layer] for layer in expected.kept]
     assert len(two["selections"]) == 2
     for rank, selections in enumerate(two["selections"]):
         columns = [torch.tensor(columns) for columns in selections]

@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def compressing_server() -> Iterator[Server]:
-    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=FLAGS, env=ENVIRONMENT) as server:
+    environment = ENVIRONMENT | {"VLLM_PLUGINS": "fastkv,fastkv_status"}
+    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=FLAGS, env=environment) as server:
         yield server
 
 
