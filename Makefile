@@ -16,7 +16,7 @@ export VLLM_NO_USAGE_STATS := 1
 # GiB for the KV cache on CPU; vLLM's own default takes a large share of the host's memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test soak lint format csrc bench bench-quick bench-speed train-tiny docs clean
+.PHONY: help setup demo serve test soak lint format csrc bench bench-quick bench-speed train-tiny docs licences audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,13 @@ docs: setup ## Make docs/results.md from the reports and build the documentation
 	$(PY) -m benchmarks.plots
 	$(PY) -m benchmarks.report
 	.venv/bin/mkdocs build --strict
+
+licences: setup ## Write the table of docs/licences.md anew
+	$(PY) -m scripts.licences
+
+audit: setup ## Known vulnerabilities of what is installed (pip-audit, asks the network; not part of CI)
+	test -x .venv-audit/bin/pip-audit || { $(PY) -m venv .venv-audit && .venv-audit/bin/pip install --quiet 'pip-audit>=2.9,<3'; }
+	.venv-audit/bin/pip-audit --path $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 clean: ## Remove caches and build results; .venv stays
 	rm -rf {.,packaging/*}/{build,*.egg-info} fastkv_vllm/kernels/*.so dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
