@@ -13,7 +13,10 @@ from tests.engine.settings import DUO, HALTING, METHODS, MIXED, WEIGHTS
 ASYNC = f"{AsyncCompressionScheduler.__module__}.{AsyncCompressionScheduler.__qualname__}"
 
 
-ENGINES = METHODS | {"dbudgetkv": HALTING, "duoattention": DUO | {"head_weights": WEIGHTS}}
+ENGINES = {name: METHODS[name] for name in ("fastkv", "asl", "gemfilter", "snapkv", "h2o")} | {
+    "dbudgetkv": HALTING,
+    "duoattention": DUO | {"head_weights": WEIGHTS},
+}
 
 
 @pytest.fixture(params=ENGINES, scope="module")

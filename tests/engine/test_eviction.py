@@ -92,6 +92,6 @@ def test_answers_longer_than_the_pool(start):
     engine = start("streamingllm", SMALL, num_gpu_blocks_override=23, max_model_len=640)
     prompts = make_prompts([150] * 4, seed=4)
     with engine.watch():
-        engine.check(prompts, max_tokens=300)
+        engine.check(prompts, max_tokens=200)
         assert not engine.preemptions
-    assert engine.totals.decode_blocks_freed == 4 * blocks_filled(150, 450) > 22
+    assert engine.totals.decode_blocks_freed == 4 * blocks_filled(150, 350) > 22

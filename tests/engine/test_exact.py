@@ -17,7 +17,7 @@ def test_prompts_one_by_one_in_one_chunk(engine):
         engine.check([prompt])
 
 
-@pytest.mark.parametrize("step_tokens", [61, 100, 2048])
+@pytest.mark.parametrize("step_tokens", [61, 2048])
 def test_mixed_requests(engine, step_tokens):
     """Six requests, two of them left alone, prefill and decode in the same steps."""
     with engine.step_tokens(step_tokens), engine.watch():
@@ -36,9 +36,9 @@ def test_rows_are_counted_before_the_first_cut_and_after_the_last(engine):
     assert worker.tsp_rows_out - before[1] == sum(plan.cuts[-1][1] for plan in cut)
 
 
-@pytest.mark.parametrize("last", range(1, 8))
+@pytest.mark.parametrize("last", [1, 4, 7])
 def test_the_window_lies_in_two_chunks(engine, last):
-    """The last chunk has 1 .. window_size - 1 tokens."""
+    """The last chunk has 1 to window_size - 1 tokens."""
     prompt = MIXED[1]
     step_tokens = next(n for n in range(90, 700) if len(prompt) % n == last)
     with engine.step_tokens(step_tokens):
