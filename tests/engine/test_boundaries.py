@@ -6,11 +6,7 @@ from tests.engine.oracle import make_prompts
 
 # Window 8, blocks of 32, prompts of 16 and more are looked at, the budget is a page or what the tail leaves of it.
 EDGES = {"min_tokens": 16, "budget": 33}
-ENGINES = {
-    "fastkv": EDGES | {"tsp_layer": 3, "tsp_tokens": 36},
-    "snapkv": EDGES,
-    "streamingllm": EDGES,
-}
+ENGINES = {"fastkv": EDGES | {"tsp_layer": 3, "tsp_tokens": 36}, "snapkv": EDGES}
 SHORT = make_prompts(list(range(1, 101)))
 LONGER = make_prompts([length for edge in (128, 160, 256) for length in range(edge - 2, edge + 10)], seed=1)
 
