@@ -7,7 +7,7 @@ from types import SimpleNamespace as Stub
 
 import pytest
 
-from benchmarks.soak import Told, differs, draw, send
+from benchmarks.soak import Told, differs, draw, growth, send
 
 TOLD = Told(["a", "b", "c"], [-0.1, -0.2, -0.3], [-3.0, -0.201, -3.0])
 
@@ -32,6 +32,13 @@ def test_a_seed_draws_the_same_requests():
 )
 def test_a_wrong_answer_is_told(again, is_same):
     assert (differs(TOLD, again) is None) == is_same
+
+
+@pytest.mark.parametrize(
+    ("memory", "grows"), [([900, 1000, 1050, 1090], False), ([900, 1000, 1050, 1110], True), ([1000], False)]
+)
+def test_memory_that_grows_is_told(memory, grows):
+    assert (growth(memory) is not None) == grows
 
 
 @pytest.mark.parametrize("max_tokens", [2, 3])

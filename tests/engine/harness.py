@@ -136,6 +136,19 @@ class Engine:
             self.before_schedule, self.after_schedule = [], []
 
     @contextmanager
+    def watch_held(self) -> Iterator[tuple[list[Any], list[int]]]:
+        """Within it, the lists get the pages held by the requests of each step, and the blocks held after it."""
+        held: list[Any] = []
+        blocks: list[int] = []
+
+        def look(output: Any) -> None:
+            held.extend(pages for rid, pages in self.compressor.held.items() if rid in output.num_scheduled_tokens)
+            blocks.append(sum(not block.is_null for table in self.manager.req_to_blocks.values() for block in table))
+
+        with self.watch(after=look):
+            yield held, blocks
+
+    @contextmanager
     def watch_kept(self) -> Iterator[list[list[list[int]]]]:
         """Within it, the list gets the positions that stay of each KV head, layer by layer."""
         kept: list[list[list[int]]] = []

@@ -26,13 +26,7 @@ def test_blocks_hold_encoded_pages(engine):
     """What layers and heads keep is the reference's; its bytes fill the blocks that were not freed."""
     (prompt,) = make_prompts([704], seed=3)
     prompt = clear(engine.checkpoint, engine.config, prompt, 4)
-    held, blocks = [], []
-
-    def look(output):
-        held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
-        blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
-
-    with engine.watch(after=look), engine.watch_kept() as watched:
+    with engine.watch_held() as (held, blocks), engine.watch_kept() as watched:
         engine.check([prompt], max_tokens=4)
     plan = plan_of(engine.config, len(prompt))
     assert isinstance(plan, PromptPlan) and plan.page_entries > plan.block_size

@@ -32,13 +32,7 @@ def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
     method, settings = SHARING[name]
     config = filled(method, settings)
     prompt = clear(engine.checkpoint, config, *make_prompts([num_tokens], seed=num_tokens), 4)
-    held, blocks = [], []
-
-    def look(output):
-        held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
-        blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
-
-    with engine.watch(after=look), engine.watch_kept() as watched:
+    with engine.watch_held() as (held, blocks), engine.watch_kept() as watched:
         ask(engine, [(prompt, method, settings)], 4)
     expected = reference(engine.checkpoint, config, prompt, 4)
     assert watched == [[head.tolist() for head in layer] for layer in expected.kept], "a layer has its owner's entries"
@@ -63,13 +57,7 @@ def test_merged_layers_hold_records_and_what_is_retained(engine, name, num_token
     method, settings = MERGED[name]
     config = filled(method, settings)
     prompt = clear(engine.checkpoint, config, *make_prompts([num_tokens], seed=num_tokens), 4)
-    held, blocks = [], []
-
-    def look(output):
-        held.extend(pages for rid, pages in engine.compressor.held.items() if rid in output.num_scheduled_tokens)
-        blocks.append(sum(not block.is_null for table in engine.manager.req_to_blocks.values() for block in table))
-
-    with engine.watch(after=look):
+    with engine.watch_held() as (held, blocks):
         ask(engine, [(prompt, method, settings)], 4)
     plan = plan_of(config, num_tokens)
     assert isinstance(plan, PromptPlan) and plan.layer_owners == config.layer_owners
