@@ -1,4 +1,4 @@
-"""How important is each entry: scores as loops over rows, to be read rather than to be fast."""
+"""How important is each entry: scores from whole attention matrices, to be read rather than to be fast."""
 
 import torch
 from torch import Tensor
@@ -22,11 +22,10 @@ def all_query_scores(queries: Tensor, keys: Tensor, decay: float = 1.0) -> Tenso
     group_size = num_heads // num_kv_heads
 
     scores = torch.zeros(num_kv_heads, num_rows, dtype=queries.dtype)
+    weights = torch.tensor([decay ** (num_rows - 1 - row) for row in range(num_rows)], dtype=queries.dtype)
     for head in range(num_heads):
         kv_head = head // group_size
-        for row in range(num_rows):
-            weight = decay ** (num_rows - 1 - row)
-            scores[kv_head, : row + 1] += weight * _probabilities(queries[head, row], keys[kv_head, : row + 1])
+        scores[kv_head] += weights @ _attention(queries[head], keys[kv_head])
     return scores
 
 
@@ -62,9 +61,7 @@ def recent_query_scores(queries: Tensor, keys: Tensor, num_recent: int) -> Tenso
     weights = torch.linspace(1.0, 1.2, num_recent).to(queries.dtype)
     scores = torch.zeros(1, num_rows, dtype=queries.dtype)
     for head in range(num_heads):
-        for weight, row in zip(weights, range(num_rows - num_recent, num_rows), strict=True):
-            p = _probabilities(queries[head, row], keys[head // group_size, : row + 1])
-            scores[0, : row + 1] += weight * p
+        scores[0] += weights @ _attention(queries[head, -num_recent:], keys[head // group_size])
     return scores
 
 
@@ -99,8 +96,7 @@ def voters_scores(queries: Tensor, keys: Tensor, num_voters: int) -> Tensor:
     scores = torch.zeros(keys.shape[0], num_rows, dtype=queries.dtype)
     for head in range(num_heads):
         kv_head = head // group_size
-        for row in range(num_rows - num_voters, num_rows):
-            scores[kv_head, : row + 1] += _probabilities(queries[head, row], keys[kv_head, : row + 1])
+        scores[kv_head] += _attention(queries[head, -num_voters:], keys[kv_head]).sum(dim=0)
     return scores
 
 
@@ -112,14 +108,12 @@ def voters_density(queries: Tensor, keys: Tensor, num_voters: int) -> list[float
     """
     num_heads, num_rows, _ = queries.shape
     group_size = num_heads // keys.shape[0]
+    seen = sum(row + 1 for row in range(num_rows - num_voters, num_rows))
     densities = []
     for head in range(num_heads):
-        dense, seen = 0, 0
-        for row in range(num_rows - num_voters, num_rows):
-            attention = _probabilities(queries[head, row], keys[head // group_size, : row + 1])
-            dense += int((attention >= 0.01 * attention.max()).sum())
-            seen += row + 1
-        densities.append(dense / seen)
+        attention = _attention(queries[head, -num_voters:], keys[head // group_size])
+        dense = attention >= 0.01 * attention.amax(dim=1, keepdim=True)
+        densities.append(int(dense.sum()) / seen)
     return densities
 
 
@@ -134,11 +128,14 @@ def value_norms(values: Tensor) -> Tensor:
 
     Source: VATP, arXiv 2406.12335.
     """
-    norms = torch.zeros(values.shape[:2], dtype=values.dtype)
-    for head in range(values.shape[0]):
-        for row in range(values.shape[1]):
-            norms[head, row] = values[head, row].abs().sum()
-    return norms
+    return values.abs().sum(dim=-1)
+
+
+def _attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """Softmax of the last m queries [m, D] over the keys that each sees, [n, D] -> [m, n], 0 where it sees none."""
+    logits = queries @ keys.T / queries.shape[1] ** 0.5
+    later = torch.ones(logits.shape, dtype=torch.bool).triu(1 + len(keys) - len(queries))
+    return logits.masked_fill(later, -torch.inf).softmax(dim=1)
 
 
 def _probabilities(query: Tensor, keys: Tensor) -> Tensor:
