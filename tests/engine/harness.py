@@ -16,7 +16,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
 }
 os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
 
