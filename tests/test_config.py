@@ -530,7 +530,7 @@ def test_measured_shares_stand_in_for_the_ratio() -> None:
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
     assert filled.for_model(num_layers=5, num_kv_heads=2, max_model_len=2048) == filled
     plan = filled.plan(1600, 16)
-    assert isinstance(plan, PromptPlan) and plan.cuts == ((1, 1296), (3, 816))  # a page more than 0.8 and 0.5
+    assert isinstance(plan, PromptPlan) and plan.cuts == ((1, 1280), (3, 800))
     with pytest.raises(ValueError, match=r"layer_shares must be 7, one for each of the model's 8 layers but the last"):
         config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
 
@@ -563,8 +563,8 @@ def test_own_cuts_make_up_the_ratio(method: str, num_layers: int) -> None:
     plan = config.plan(2000, 16)
     assert isinstance(plan, PromptPlan)
     wished = CUT_BUDGETS[config.layer_budgets](plan, num_layers, BudgetOptions())
-    assert ratio - 0.01 <= sum(wished) / num_layers / 2000 <= ratio + 16 / 2000
-    assert sum(wished) >= plan.num_moved * num_layers, "layers see what they are to keep"
+    assert ratio - 0.01 <= sum(wished) / num_layers / 2000 <= ratio
+    assert plan.num_moved - 32 <= sum(wished) / num_layers <= plan.num_moved, "there is room, and little to give back"
     for name, value in {"tsp_layer": 1, "tsp_ratio": 0.8}.items():
         given = dataclasses.replace(CompressionConfig(method), **{name: value})
         with pytest.raises(ValueError, match=f"{name} must be left out: where {method} cuts rows follows from"):

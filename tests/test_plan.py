@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
 from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.methods import CUT_BUDGETS, BudgetOptions
 
 BLOCK_SIZES = (16, 32, 128)
 
@@ -115,6 +116,34 @@ def test_blocks_held_follow_the_retention_ratio(
     held = ceil(num_tokens / block_size) - plan.num_freed_blocks
     assert held <= ratio * ceil(num_tokens / block_size) + 1
     assert abs(plan.num_kept - int(num_tokens * ratio)) < block_size
+
+
+@given(
+    st.sampled_from(["lazyllm", "pyramidinfer"]),
+    st.integers(3, 40),
+    st.floats(0.26, 0.999),
+    st.sampled_from(BLOCK_SIZES),
+    st.integers(130, 6000),
+    st.integers(1, 128),
+    st.integers(0, 64),
+)
+@settings(max_examples=400, derandomize=True, deadline=None)
+def test_layers_that_keep_what_they_see_have_room(
+    method: str, num_layers: int, ratio: float, block_size: int, num_tokens: int, window_size: int, num_sink: int
+) -> None:
+    """Whole pages in each layer, within the mean that the scheduler knows, though it does not know the layers."""
+    config = CompressionConfig(
+        method, retention_ratio=ratio, window_size=window_size, num_sink=num_sink, min_tokens=window_size + 1
+    )
+    try:
+        config = config.for_model(num_layers=num_layers, num_kv_heads=2, max_model_len=8192)
+    except ValueError:
+        assume(False)  # less than the method's schedule can leave
+    plan = config.plan(num_tokens, block_size)
+    assume(isinstance(plan, PromptPlan))
+    kept = CUT_BUDGETS[config.layer_budgets](plan, num_layers, BudgetOptions())
+    assert plan.cuts and all(n % block_size == 0 and n >= plan.least_pages * block_size for n in kept)
+    assert sum(kept) <= plan.num_moved * num_layers
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

@@ -89,7 +89,7 @@ class PromptPlan:
         num_sink: first tokens that always stay.
         num_recent: last tokens that always stay, the window among them.
         is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean, and the most it can be
-            where a halting rule may ask for less.
+            where a halting rule or what each layer sees may ask for less.
         evicts: a block that is full after the prompt is chosen from together with the kept pages, and goes back.
         cut_from: earliest layer of the only cut, where the worker finds its layer and `cuts` has the latest. None: cuts
             come after the layers they name.
@@ -369,8 +369,9 @@ def plan_prompt(
         is_ragged: layers and KV heads share the pages unevenly.
         cut_from: earliest layer of the cut, where the worker decides and `cuts` has its latest.
         reads_again: the rows after the cut are read again, and just those stay.
-        layers_keep_rows: late layers keep the rows they see, which may be fewer than the mean of all layers. Rows are
-            then raised to whole pages and the mean is lowered to them: together they always see what they keep.
+        layers_keep_rows: each layer keeps rows that a cut leaves, all of them; num_kept is the mean over layers of
+            the rows wished. Rows are then whole pages beside the tail, fewer rather than more, and the mean is what
+            they may add up to.
         evicts: entries are evicted while decoding.
         residual: last tokens that stay as they are where the others are encoded, below min_tokens.
         page_entries: encoded entries that a page has room for, more than block_size; None: entries stay as they are.
@@ -400,16 +401,18 @@ def plan_prompt(
         pair_retained=pair_retained,
     )
     tail = plan.num_tail
-    held = -(-num_kept // block_size)
-    num_pages = (num_kept - tail) // block_size if layers_keep_rows else held - -(-tail // block_size)
+    fewest = plan.least_pages * block_size + tail
+    num_pages = -(-num_kept // block_size) - -(-tail // block_size)
+    if layers_keep_rows:
+        raised = max([0, *(fewest - wished for _, wished in cuts)])
+        num_pages = (num_kept + raised - tail) // block_size + 1
+        cuts = [(layer, (wished - tail) // block_size * block_size + tail) for layer, wished in cuts]
     plan = replace(plan, num_pages=min(max(num_pages, plan.least_pages), plan.num_whole_blocks))
     if plan.num_freed_blocks <= 0:
         return LeftAlone.BUDGET_COVERS_PROMPT
-    least = plan.least_pages * block_size + tail if layers_keep_rows else plan.num_kept
+    least = fewest if layers_keep_rows else plan.num_kept
     num_rows, effective = num_tokens, []
     for layer, wished in cuts:
-        if layers_keep_rows:
-            wished = tail - (tail - wished - 1) // block_size * block_size
         if max(wished, least) < num_rows:
             num_rows = max(wished, least)
             effective.append((layer, num_rows))

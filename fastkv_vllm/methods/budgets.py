@@ -36,7 +36,8 @@ LayerBudget = Callable[[PromptPlan, int, BudgetOptions], list[float]]
 HeadBudget = Callable[[torch.Tensor, int, BudgetOptions], list[float]]
 
 LAYER_BUDGETS: dict[str, LayerBudget] = {}
-# Those that follow from where a method cuts rows; each belongs to the methods with such a schedule of their own.
+# Those that follow from where a method cuts rows, whole pages; each belongs to the methods with such a schedule of
+# their own.
 CUT_BUDGETS: dict[str, LayerBudget] = {}
 HEAD_BUDGETS: dict[str, HeadBudget] = {}
 
@@ -92,12 +93,15 @@ class Allocator:
             densities: of each layer, see `by_density`, where layers share by them.
 
         Returns:
-            [L, H] int64, plan.num_pages * L * H in all.
+            [L, H] int64, plan.num_pages * L * H in all; with CUT_BUDGETS what the cuts have left, which may be less.
         """
         num_layers, size = len(scores), plan.block_size
         most = [layer.shape[1] // size for layer in scores]
         if self.heads in MODEL_BUDGETS:
             return torch.tensor(self.model_pages(plan, most)).view(num_layers, num_heads)
+        if self.layers in CUT_BUDGETS:
+            kept = CUT_BUDGETS[self.layers](plan, num_layers, self.options)
+            return torch.tensor([[int(n) // size] * num_heads for n in kept])
         layer_pages = [plan.num_pages] * num_layers
         if self.layers != UNIFORM:
             wished = self._layer_wishes(plan, num_layers, densities)
@@ -120,7 +124,7 @@ class Allocator:
         if self.layers == DENSITY:
             assert len(densities) == num_layers, "one of each layer"
             return by_density(plan, densities)
-        return (LAYER_BUDGETS | CUT_BUDGETS)[self.layers](plan, num_layers, self.options)
+        return LAYER_BUDGETS[self.layers](plan, num_layers, self.options)
 
     def streaming(self, plan: PromptPlan) -> Streaming:
         """How heads let go of entries while a prompt is read whose pages of all heads follow from its length."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastkv_vllm.methods import CUT_BUDGETS
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference
 from tests.engine.settings import MIXED, RAGGED
 
@@ -53,8 +54,10 @@ def test_pages_are_the_references(engine, num_tokens):
     assert watched == [[head.tolist() for head in layer] for layer in expected.kept], "the very entries"
     counts = torch.tensor([[len(head) for head in layer] for layer in expected.kept])
     assert torch.equal(held[-1].counts * BLOCK_SIZE + plan.num_tail, counts)
-    if engine.config.halting_loss is None:
-        assert int(held[-1].counts.sum()) == plan.num_pages * counts.numel(), "as many pages as the blocks that stay"
+    planned, taken = plan.num_pages * counts.numel(), int(held[-1].counts.sum())
+    assert taken <= planned, "no more pages than the blocks that stay"
+    if engine.config.halting_loss is None and engine.config.layer_budgets not in CUT_BUDGETS:
+        assert taken == planned
     assert len(set(counts.flatten().tolist())) > 1, "the test needs uneven budgets"
     taken = held[-1].pages[torch.arange(held[-1].pages.shape[2]) < held[-1].counts.unsqueeze(-1)]
     assert len(set(taken.tolist())) == len(taken), "a page is held twice"

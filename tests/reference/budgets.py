@@ -53,8 +53,7 @@ def kept_counts(
         cuts, rows = dict(drop.cuts), [len(seen) for seen in positions]
         if drop.layer_budgets == "handed-on":
             rows = [cuts.get(layer, number) for layer, number in enumerate(rows)]
-        wanted = [(number - tail) / size for number in rows]
-        layer_pages = hand_out(wanted, mean * num_layers, [least] * num_layers, most)
+        layer_pages = [(number - tail) // size for number in rows]
     counts = []
     for layer in range(num_layers):
         pages = [layer_pages[layer]] * num_heads
