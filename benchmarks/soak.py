@@ -39,7 +39,9 @@ FLAGS = (
     *("--num-gpu-blocks-override", "160", "--dtype", "float32", "--disable-uvicorn-access-log"),
 )
 SERVERS = {"snapkv": "--enable-prefix-caching", "fastkv": "--no-enable-prefix-caching"}
-SETTINGS = {"retention_ratio": 0.1, "min_tokens": 256}
+SETTINGS: dict[str, Any] = {"retention_ratio": 0.1, "min_tokens": 256}
+# Of a server whose requests may ask for lazyllm: rows of its three cuts.
+PROPAGATING = SETTINGS | {"tsp_layer": TSP_LAYER, "max_tsp_tokens": 3 * 2048}
 # Method and settings a request may ask for; those in fastkv's list send fewer rows on.
 CHOICES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "snapkv": [
@@ -252,7 +254,7 @@ def main() -> None:
     }
     for name, caching in SERVERS.items():
         asks = [draw(args.seed, number, name) for number in range(args.requests // len(SERVERS))]
-        config = SETTINGS | ({"tsp_layer": TSP_LAYER} if name == "fastkv" else {})
+        config = PROPAGATING if name == "fastkv" else SETTINGS
         with serve(CHECKPOINT, method=name, config=config, extra=(*FLAGS, caching)) as server:
             report["servers"][name] = soak(server, asks)
     if args.json is not None:

@@ -149,7 +149,8 @@ def test_owners_are_of_each_layer_and_see_the_same_rows() -> None:
         ("dbudgetkv", {}, "halting_loss"),
         ("asl", {}, "rank_variance"),
         ("gemfilter", {}, "layer_owners"),
-        ("lazyllm", {}, "layer_budgets"),
+        ("lazyllm", {}, "layer_owners"),
+        ("pyramidinfer", {}, "layer_owners"),
     ],
 )
 def test_what_excludes_layers_that_read_others(method: str, settings: dict[str, Any], name: str) -> None:
@@ -176,8 +177,9 @@ def test_pairs_to_merge_are_neighbours_from_the_middle_on() -> None:
         dataclasses.replace(merging, layer_owners=(0, 1, 0))
     with pytest.raises(ValueError, match="head_budgets must be uniform where layers read"):
         dataclasses.replace(merging, head_budgets="adaptive")
-    with pytest.raises(ValueError, match="merge_layers must be left out: in snapkv each layer chooses entries"):
-        CompressionConfig("snapkv", merge_layers="values")
+    for method in ("snapkv", "lazyllm"):
+        with pytest.raises(ValueError, match=f"merge_layers must be left out: in {method} each layer chooses entries"):
+            CompressionConfig(method, merge_layers="values")
     for name, value in (("merge_t", 1.1), ("merge_gamma", "0.1"), ("merge_layers", "keys")):
         with pytest.raises(ValueError, match=f"{name} must be "):
             dataclasses.replace(merging, **{name: value})
@@ -234,8 +236,8 @@ def test_recent_tokens_are_a_share_of_the_budget() -> None:
         (
             "lazyllm",
             {"evict_while_decoding": True},
-            "evict_while_decoding must be false: in lazyllm what a layer keeps follows from its own cuts of the "
-            "prompt; got True",
+            "evict_while_decoding must be false: in lazyllm what a layer holds of the prompt is chosen anew with each "
+            "token; got True",
         ),
     ],
 )
@@ -359,6 +361,8 @@ def test_a_codec_leaves_the_window_and_excludes_what_would_choose_again() -> Non
     for method in ("duoattention", "gemfilter"):
         with pytest.raises(ValueError, match=f"codec must be 'none': {method} moves its entries"):
             CompressionConfig(method, codec="fp8")
+    with pytest.raises(ValueError, match="codec must be 'none': in lazyllm rows come back into the places of entries"):
+        CompressionConfig("lazyllm", codec="fp8")
 
 
 def test_a_plan_with_a_codec() -> None:

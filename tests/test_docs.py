@@ -24,8 +24,8 @@ def conflict_table() -> str:
 
 def composition_table() -> str:
     """What each method allows, from what its class declares and what the configuration refuses."""
-    heads = "method", "who votes", "cuts rows", "head budgets", "`value_norms`", "evicts", "prefix caching", "ranks"
-    head = f"| {' | '.join((*heads, 'calibration'))} |"
+    heads = "method", "who votes", "cuts rows", "head budgets", "`value_norms`", "evicts", "codec", "prefix caching"
+    head = f"| {' | '.join((*heads, 'ranks', 'calibration'))} |"
     rows = []
     for name in method_names():
         cls = method_class(name)
@@ -53,13 +53,11 @@ def composition_table() -> str:
             else f"any, its own: {config.head_budgets}",
             "its own" if cls.default_value_norms else "yes" if cls.votes() and not cls.reads_again else "no",
             "no"
-            if cls.reads_again
-            or cls.default_codec is not None
-            or cls.shares_layers
-            or (cls.layer_budgets in CUT_BUDGETS and not config.evict_while_decoding)
+            if cls.reads_again or cls.default_codec is not None or cls.shares_layers or cls.revives
             else "yes"
             if config.evict_while_decoding
             else "if asked to",
+            "yes" if takes_a_codec(name) else "no",
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "up to the KV heads",
             "needed"
@@ -69,7 +67,14 @@ def composition_table() -> str:
             else "no",
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([head, "|---" * 9 + "|", *rows])
+    return "\n".join([head, "|---" * 10 + "|", *rows])
+
+
+def takes_a_codec(method: str) -> bool:
+    try:
+        return CompressionConfig(method, codec="int4").codec == "int4"
+    except ValueError:
+        return False
 
 
 def test_composition_table_is_the_codes() -> None:

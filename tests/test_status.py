@@ -58,6 +58,11 @@ def test_figures_are_added_over_engines_and_parted_by_their_own_label():
     assert found["fastkv_cuts"] == {"5": 4, "6": 1} and found["num_requests_running"] == {"": 6}
 
 
+def test_rows_that_came_back_are_counted():
+    page = render(replace(STATUS, figures=FIGURES | {"fastkv_revived_rows": {"": 1234.0}}))
+    assert "came back" not in render(STATUS) and "rows that came back while decoding" in page and "1,234" in page
+
+
 def test_the_map_has_each_share():
     page = render(STATUS)
     assert "1,000 tokens, 200 of them kept per layer and head (20.0%)" in page

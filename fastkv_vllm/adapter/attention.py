@@ -24,6 +24,7 @@ from fastkv_vllm.adapter.encoded import EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
+from fastkv_vllm.adapter.revival import RevivalStep
 
 _layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step
 
@@ -33,7 +34,8 @@ class CompressionMetadata(CPUAttentionMetadata):
     """The engine's metadata, the prompts to compress, the rows that vote on, and those that are read head by head.
 
     Where there are `reads`, of pages as they are and of encoded ones, the metadata's own tables are not used: `plain`
-    has those of the other requests, whose rows are `plain_rows`; both are None where there are none.
+    has those of the other requests, whose rows are `plain_rows`; both are None where there are none. With `revival`
+    rows that come back stand at the batch's end.
     """
 
     prefills: tuple[PrefillRows, ...] = ()
@@ -42,6 +44,7 @@ class CompressionMetadata(CPUAttentionMetadata):
     reads: tuple[HeadReads, ...] = ()
     plain: CPUAttentionMetadata | None = None
     plain_rows: torch.Tensor | None = None
+    revival: RevivalStep | None = None
 
 
 class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -105,6 +108,7 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
             reads=self._head_reads(view, held),
             plain=plain,
             plain_rows=plain_rows,
+            revival=None if self.batch is None else self.batch.revival,
         )
 
     def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, Held]) -> tuple[HeadReads, ...]:
@@ -197,7 +201,28 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
         metadata: CompressionMetadata,
         output: torch.Tensor,
     ) -> None:
-        """A call each: requests with pages per head as one sequence per KV head, all others the ordinary way."""
+        """A call each: requests with pages per head as one sequence per KV head, all others the ordinary way.
+
+        Rows that come back write their entries before, and are answered after.
+        """
+        index, revival, reads = _layer_index(layer.layer_name), metadata.revival, metadata.reads[0]
+        if revival is not None:
+            revival.write(index, key, value, reads.pool)
+        self._read_heads(layer, query, key, value, kv_cache, metadata, output)
+        if revival is not None:
+            revival.attend(index, query, self.scale, reads, output.view(query.shape))
+            revival.choose(index, query, self.scale, reads)
+
+    def _read_heads(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: CompressionMetadata,
+        output: torch.Tensor,
+    ) -> None:
         if metadata.plain is not None:
             rows = metadata.plain_rows
             part = torch.empty_like(output[rows])
@@ -216,6 +241,12 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
             part = torch.empty_like(ours)
             super().forward(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
             output.view(output.shape[0], self.num_kv_heads, *shape)[rows, heads] = part
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        count = slot_mapping.shape[0]  # rows that come back have no slots: they go to places that `revival` knows
+        super().do_kv_cache_update(layer, key[:count], value[:count], kv_cache, slot_mapping)
 
 
 class CompressionBackend(CPUAttentionBackend):

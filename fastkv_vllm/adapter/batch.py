@@ -10,6 +10,7 @@ import torch
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import Recipe
+from fastkv_vllm.adapter.revival import RevivalStep
 from fastkv_vllm.cache import PromptPlan
 
 
@@ -88,6 +89,7 @@ class Batch:
         held: row of the block table -> pages of a request compressed unevenly or encoded; it is not read through that
             table.
         block_size: tokens per block.
+        revival: of the requests in `held` whose rows may come back, if there are any.
     """
 
     prefills: tuple[PrefillRows, ...]
@@ -95,6 +97,7 @@ class Batch:
     null_blocks: dict[int, int]
     held: dict[int, Held]
     block_size: int
+    revival: RevivalStep | None = None
 
     def read_view(self, common: Any) -> Any:
         """The same metadata with the null blocks of compressed requests cut off.

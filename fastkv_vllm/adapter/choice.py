@@ -134,6 +134,12 @@ class Choice:
         widest = max(self.default.window_size, WIDEST_WINDOW)
         if config.window_size > widest:
             raise ValueError(f"window_size of a request must be at most {widest}; got {config.window_size}")
+        needed, room = config.max_tsp_tokens or 0, self.default.max_tsp_tokens or 0
+        if needed > room:
+            raise ValueError(
+                f"{method} may hold {needed} rows of a prompt, and the server has set memory aside for {room}; start "
+                f"it with max_tsp_tokens {needed}"
+            )
         lines = conflicts_of_method(self._vllm_config, config)
         if lines:
             raise ValueError("; ".join(lines))

@@ -1,8 +1,6 @@
 """What a worker does with a prompt in one layer: keep its window, rate its entries, move the ones that stay."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -15,7 +13,8 @@ from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, SharedPages, blocks_for
 from fastkv_vllm.adapter.ranks import rank_of, shared_pages
-from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
+from fastkv_vllm.adapter.rating import add_votes, agree, is_forced, rate_rows, value_norms
+from fastkv_vllm.adapter.revival import RevivablePages
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods import DENSITY, RankWatch, density, halting_pages, kept_norms, last_attention
@@ -47,10 +46,12 @@ class Compressor:
         densities: request -> density of each layer added over all heads, of prompts whose layers share by it.
         windows: (request, layer) -> queries of the voters by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
-        stash: request -> residual rows after its first cut by position, [P, hidden].
+        stash: request -> residual rows by position, after its first cut, or after each where rows may come back, [1 or
+            cuts, P, hidden]; what may come back moves to `held` when the prompt has ended.
         selected: request -> rows chosen at the cut after the layer that runs, ascending positions; who makes the cut
             takes them away.
         watches: request -> what finds the layer of its cut, of prompts that end in this step.
+        went_on: request -> rows chosen at each cut in this step, where rows may come back.
         stats: figures of the current step.
         watch: where set, called with a prompt, a layer and the positions that stay of each KV head, ascending.
     """
@@ -61,6 +62,7 @@ class Compressor:
         self.stash: dict[str, torch.Tensor] = {}
         self.selected: dict[str, torch.Tensor] = {}
         self.watches: dict[str, RankWatch] = {}
+        self.went_on: dict[str, list[torch.Tensor]] = {}
         self.stats = WorkerStats()
         self.watch: Callable[[PrefillRows, int, Sequence[torch.Tensor]], None] | None = None
         self.layout: PageLayout | None = None
@@ -90,6 +92,7 @@ class Compressor:
         """Drop what is held within a step only."""
         self.selected.clear()
         self.watches.clear()
+        self.went_on.clear()
         self.scored.clear()
         self.kept.clear()
         self.voters.clear()
@@ -118,7 +121,8 @@ class Compressor:
     def take_stats(self) -> WorkerStats:
         """Figures since the last call."""
         stats, self.stats = self.stats, WorkerStats()
-        stats.stash_bytes = sum(rows.nbytes for rows in self.stash.values())
+        streams = [pages.streams for pages in self.held.values() if isinstance(pages, RevivablePages)]
+        stats.stash_bytes = sum(rows.nbytes for rows in (*self.stash.values(), *streams))
         return stats
 
     def after_attention(
@@ -151,7 +155,7 @@ class Compressor:
         for prefill in prefills:
             if prefill.plan.reads_again and (layer != prefill.plan.first_cut or prefill.positions is not None):
                 continue  # the prompt is rated in one layer, what is read again nowhere
-            with self._timed("score_us"):
+            with self.stats.timed("score_us"):
                 inputs = self._inputs(prefill, layer, scale, query, key, kv_cache)
                 if prefill.destination is None:
                     continue
@@ -162,7 +166,7 @@ class Compressor:
                     self.densities.setdefault(prefill.request_id, []).append(of_layer)
                 if prefill.recipe.config.value_norms:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
-            with self._timed("select_us"):
+            with self.stats.timed("select_us"):
                 scores = self._settle(prefill, layer, scores)
                 if prefill.plan.reads_again:
                     self._show_read_again(prefill, kv_cache.shape[1])
@@ -175,7 +179,7 @@ class Compressor:
                     self.scored.setdefault(prefill.request_id, []).append((prefill, scores))
                     continue
                 kept = select(scores, prefill.plan.num_moved)
-            with self._timed("compact_us"):
+            with self.stats.timed("compact_us"):
                 kept = kept.expand(kv_cache.shape[1], -1)
                 self._show(prefill, layer, list(kept))
                 if prefill.plan.evicts:
@@ -190,12 +194,12 @@ class Compressor:
         """Let rows of a compressed request vote, and where its block is full choose among its entries."""
         evictor = self.evictor
         assert evictor is not None, "use_cache came first"
-        with self._timed("score_us"):
+        with self.stats.timed("score_us"):
             scores = evictor.rate(rows, layer, scale, query)
         if rows.evicts:
-            with self._timed("select_us"):
+            with self.stats.timed("select_us"):
                 stay = evictor.choose(rows, layer, scores)
-            with self._timed("compact_us"):
+            with self.stats.timed("compact_us"):
                 self._moves += evictor.collect(rows, layer, stay)
 
     def encode(self, request_id: str, block: int, stays: bool) -> None:
@@ -203,7 +207,7 @@ class Compressor:
         held = self.held[request_id]
         assert self.pool is not None and isinstance(held, EncodedPages), "only a codec encodes later blocks"
         held = self.held[request_id] = held.with_block(self.pool, block, stays)
-        with self._timed("compact_us"):
+        with self.stats.timed("compact_us"):
             self._moves.append(encoding_move(held, self.pool, block))
 
     def finish(self, prefills: Iterable[PrefillRows]) -> None:
@@ -237,7 +241,7 @@ class Compressor:
         self.evictor.begin(prefill, held, kept, sums, windows)
 
     def _carry_out(self) -> None:
-        with self._timed("compact_us"):
+        with self.stats.timed("compact_us"):
             for move in self._moves:
                 move.carry_out()
         self._moves.clear()
@@ -246,7 +250,7 @@ class Compressor:
         """Heads keep their first and most recent pages of a prompt that came to a stop, which move to `destination`."""
         pool, streaming = self.pool, prefill.plan.streaming
         assert pool is not None and streaming is not None, "only then are there stops within a prompt"
-        with self._timed("compact_us"):
+        with self.stats.timed("compact_us"):
             num_whole = (prefill.start + prefill.count) // prefill.plan.block_size
             ours = streaming.of_rank(rank_of(prefill.plan), prefill.plan.num_ranks)
             pages = pages_read(prefill, pool, num_whole)
@@ -257,7 +261,7 @@ class Compressor:
         """Pages for every layer and head of one prompt, and copies of what goes there."""
         plan, pool, scores = prefill.plan, self.pool, [of_layer for _, of_layer in scored]
         assert pool is not None and prefill.destination is not None, "the prompt ends and its budget is uneven"
-        with self._timed("select_us"):
+        with self.stats.timed("select_us"):
             by_block = None
             if prefill.held is not None:
                 assert plan.streaming is not None, "only then does an unfinished prompt hold pages of its own"
@@ -280,6 +284,9 @@ class Compressor:
                 held = SharedPages.of(owned, plan.layer_owners)
             elif plan.page_entries is None:
                 held = HeadPages.share(plan.num_whole_blocks, counts, pool, prefill.destination)
+                if plan.revives:
+                    rid = prefill.request_id
+                    held = RevivablePages.of(held, plan, prefill.recipe, self.stash.pop(rid), self.went_on[rid])
             else:
                 held = EncodedPages.share(plan, counts, prefill.recipe.config, pool, prefill.destination)
             kept = [
@@ -292,7 +299,7 @@ class Compressor:
         self.held[prefill.request_id] = held
         if plan.evicts:
             self.kept[prefill.request_id] = kept
-        with self._timed("compact_us"):
+        with self.stats.timed("compact_us"):
             num_seen = [layer.shape[1] for layer in scores]
             voters = self.voters.get(prefill.request_id, ())
             self._moves += uneven_moves(prefill, pool, held, kept, num_seen, by_block, voters)
@@ -414,26 +421,26 @@ class Compressor:
 
     def _settle(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> torch.Tensor:
         """Scores [H or 1, n] with forced entries at +inf; at a cut the rows that go on are chosen too, on all ranks."""
-        positions = self._positions(prefill)
-        forced = (positions >= prefill.plan.forced_from) | (positions < prefill.plan.num_sink)
+        plan, positions = prefill.plan, self._positions(prefill)
         scores = agree(prefill.recipe.method, scores)
-        self._choose_rows(prefill, layer, scores, forced)
-        return scores.masked_fill(forced, float("inf"))
+        self._choose_rows(prefill, layer, scores)
+        return scores.masked_fill(is_forced(plan, positions), float("inf"))
 
-    def _choose_rows(self, prefill: PrefillRows, layer: int, scores: torch.Tensor, forced: torch.Tensor) -> None:
+    def _choose_rows(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> None:
         """The rows that go on, where this layer has a cut, from its scores [H or 1, n]."""
         plan, positions = prefill.plan, self._positions(prefill)
         cuts = dict(plan.cuts)
         has_none = layer not in cuts if plan.cut_from is None else len(positions) < plan.num_tokens
         if has_none:
             return
-        rating = tensor_model_parallel_all_reduce(prefill.recipe.method.propagation_scores(scores).clone())
-        num_rows = cuts[layer] if plan.cut_from is None else self._decide(prefill, layer, rating[~forced])
+        rating, free = rate_rows(prefill.recipe.method, plan, scores, positions), ~is_forced(plan, positions)
+        num_rows = cuts[layer] if plan.cut_from is None else self._decide(prefill, layer, rating[free])
         if num_rows == len(positions):
             self.selected[prefill.request_id] = positions
         elif num_rows is not None:
-            rating = rating.masked_fill(forced, float("inf"))
-            self.selected[prefill.request_id] = positions[select(rating.unsqueeze(0), num_rows)[0]]
+            chosen = self.selected[prefill.request_id] = positions[select(rating.unsqueeze(0), num_rows)[0]]
+            if plan.revives:
+                self.went_on.setdefault(prefill.request_id, []).append(chosen)
 
     def _decide(self, prefill: PrefillRows, layer: int, rating: torch.Tensor) -> int | None:
         """Rows that go on after a layer that may have the cut; None: those that it ran on.
@@ -452,9 +459,3 @@ class Compressor:
         if self.watches[prefill.request_id].has_settled(layer, rating) or layer == last:
             return num_rows
         return plan.num_tokens if layer == plan.cut_from and prefill.start else None
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        setattr(self.stats, name, getattr(self.stats, name) + int((time.perf_counter() - start) * 1e6))

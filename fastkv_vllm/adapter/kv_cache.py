@@ -32,7 +32,7 @@ class CompressingManager(FullAttentionManager):
     State per request, dropped whenever its blocks are popped (finish, abort, preemption): `plans`, `stopping` (the stop
     of its prompt up to which it is allocated and not yet compressed), `null_blocks` (holds compressed pages), `ended`
     (its whole prompt is compressed), `unsettled` (ended in a step whose worker has not told yet how many of the blocks
-    its kept pages needed), `stashing` (waits between chunks with rows stashed).
+    its kept pages needed), `stashing` (rows are held of it: it waits between chunks, or they may come back).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ class CompressingManager(FullAttentionManager):
             stop = plan.stop_at(num_tokens)
             if stop is not None:
                 self.stopping[request_id] = stop
-            elif plan.has_stash:
+            if plan.has_stash and (plan.revives or stop is None):
                 self.stashing.add(request_id)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
@@ -115,7 +115,8 @@ class CompressingManager(FullAttentionManager):
             self.null_blocks[rid] = len(whole) - num_kept
             self.req_to_blocks[rid][: len(whole)] = [self._null_block] * self.null_blocks[rid] + kept
             self.stopping.pop(rid, None)
-            self.stashing.discard(rid)
+            if not plan.revives:
+                self.stashing.discard(rid)
             destinations[rid] = [block.block_id for block in kept]
             if stop == plan.num_tokens:
                 self.ended.add(rid)
@@ -177,9 +178,9 @@ class CompressingManager(FullAttentionManager):
                 self.null_blocks[rid] += 1
         return stays
 
-    def num_stash_tokens(self) -> int:
-        """Prompt tokens of requests whose residual rows wait for their last chunk."""
-        return sum(self.plans[rid].num_tokens for rid in self.stashing)
+    def num_stash_rows(self) -> int:
+        """Residual rows that workers hold, or will when these prompts have ended."""
+        return sum(self.plans[rid].num_stash_rows for rid in self.stashing)
 
     def check_idle(self) -> None:
         """Without requests all blocks are free and nothing is remembered; constant time.

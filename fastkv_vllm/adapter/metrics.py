@@ -34,6 +34,7 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "vllm:fastkv_tsp_rows_in": ((), "Rows that reached the first TSP layer."),
     "vllm:fastkv_tsp_rows_out": ((), "Rows that went on after the last TSP layer."),
     CUTS: (("layer",), "Prompts whose rows were cut, by the layer after which they were."),
+    "vllm:fastkv_revived_rows": ((), "Rows of prompts that came back while decoding, once for each cut."),
     "vllm:fastkv_score_seconds": ((), "Time spent scoring entries, first worker."),
     "vllm:fastkv_select_seconds": ((), "Time spent selecting entries, and rows to go on, first worker."),
     "vllm:fastkv_compact_seconds": ((), "Time spent moving kept entries, first worker."),
@@ -57,6 +58,7 @@ def encode_stats(stats: SchedulerStats, figures: CompressionStats) -> None:
         **{f"{LEFT_ALONE}/{reason}": count for reason, count in figures.left_alone.items()},
         "vllm:fastkv_tsp_rows_in": worker.tsp_rows_in,
         "vllm:fastkv_tsp_rows_out": worker.tsp_rows_out,
+        "vllm:fastkv_revived_rows": worker.revived_rows,
         "vllm:fastkv_score_seconds": worker.score_us,
         "vllm:fastkv_select_seconds": worker.select_us,
         "vllm:fastkv_compact_seconds": worker.compact_us,
@@ -81,7 +83,7 @@ class FastKVStatLogger(AggregateStatLoggerBase):
         self._counters = {name: Counter(name, text, [*_LABELS, *own]) for name, (own, text) in COUNTERS.items()}
         self._stash = Gauge(
             STASH_BYTES,
-            "Bytes of rows that wait for their prompt's last chunk.",
+            "Bytes of rows that wait for their prompt's last chunk or may come back.",
             _LABELS,
             multiprocess_mode="mostrecent",
         )

@@ -260,6 +260,24 @@ class HeadReads:
             heads.append(torch.arange(self.pool.num_heads).repeat_interleave(r.count))
         return torch.cat(rows), torch.cat(heads)
 
+    def entries(self, layer: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a request in a layer where its heads hold as many each, [H, N, D], in order of its pages.
+
+        Args:
+            layer: its index.
+            number: of the request in `rows`.
+        """
+        layout, num_heads = self.pool.layout, self.pool.num_heads
+        num_entries = int(self.seq_lens[layer, number * num_heads])
+        width = -(-num_entries // layout.block_size)
+        pages = self.tables[layer, number * num_heads : (number + 1) * num_heads, :width].flatten().to(torch.int64)
+        read = [
+            each(self.cache(layer), pages, len(pages) * layout.block_size)
+            for each in (layout.read_keys, layout.read_values)
+        ]
+        keys, values = (each.view(num_heads, -1, layout.head_dim)[:, :num_entries] for each in read)
+        return keys, values
+
 
 class TableCache:
     """Tables of the last step, used again until a request starts a new block."""

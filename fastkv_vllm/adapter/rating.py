@@ -3,6 +3,7 @@
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from fastkv_vllm.cache import PromptPlan
 from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.methods import Method, add_heads
 
@@ -34,6 +35,24 @@ def agree(method: Method, scores: torch.Tensor) -> torch.Tensor:
     if not method.one_choice:
         return scores
     return tensor_model_parallel_all_reduce(add_heads(scores).clone()).unsqueeze(0)
+
+
+def is_forced(plan: PromptPlan, positions: torch.Tensor) -> torch.Tensor:
+    """Which positions of a prompt always stay and always go on, [N] bool."""
+    return (positions >= plan.forced_from) | (positions < plan.num_sink)
+
+
+def rate_rows(method: Method, plan: PromptPlan, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rating of rows at a cut, [N] float32, the same on all ranks; forced ones are at +inf.
+
+    Args:
+        method: of the prompt.
+        plan: of the prompt.
+        scores: of the layer's entries as all ranks agree on them, [H or 1, N].
+        positions: of the entries, [N] int64.
+    """
+    rating = tensor_model_parallel_all_reduce(method.propagation_scores(scores).clone())
+    return rating.masked_fill(is_forced(plan, positions), float("inf"))
 
 
 def value_norms(values: torch.Tensor) -> torch.Tensor:

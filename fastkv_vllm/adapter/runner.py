@@ -1,5 +1,6 @@
 """vLLM's CPU model runner (V1) with compression."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
+from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
 from fastkv_vllm.adapter.wiring import STATUS_PLUGIN
@@ -98,12 +100,11 @@ class CPUCompressionRunner(CPUModelRunner):
             num_reqs = self.input_batch.num_reqs
             starts = self.query_start_loc.np[: num_reqs + 1].tolist()
             segments = segments_of(starts, batch.prefills, batch.decodes)
-            assert self._builder.view is not None, "left there by the build above"
             self._tsp = TSPStep(
                 self.compressor,
                 segments,
-                self._builder.view,
                 self._builder,
+                self._decoder_layers,
                 self._layer_names,
                 self.get_model().embed_input_ids,
             )
@@ -112,11 +113,14 @@ class CPUCompressionRunner(CPUModelRunner):
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._orders is not None and self._orders.plan.renumbered:
             kwargs["positions"] = self._renumbered(kwargs["positions"], self._orders.plan)
-        if self._tsp is None:
-            return super()._model_forward(*args, **kwargs)
-        with self._tsp.detour(self._decoder_layers):
+        batch, tsp = self._builder.batch, self._tsp
+        revival = None if batch is None else batch.revival
+        with ExitStack() as detours:
+            for step in (revival, tsp):  # rows that come back run along in the layers of any batch
+                if step is not None:
+                    detours.enter_context(step.detour())
             hidden = super()._model_forward(*args, **kwargs)
-        return self._tsp.scatter(hidden, kwargs["positions"].shape[0])
+        return hidden if tsp is None else tsp.scatter(hidden, kwargs["positions"].shape[0])
 
     def _renumbered(self, positions: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """Positions that RoPE is to see: rows after a prompt that was read again follow the short prompt."""
@@ -161,7 +165,9 @@ class CPUCompressionRunner(CPUModelRunner):
                         tokens=self._prompt_tokens(row, prompt) if prompt.reads_again else None,
                     )
                 )
-        return Batch(tuple(prefills), tuple(decodes), null_blocks, held, block_size)
+        revivable = [pages for pages in held.values() if isinstance(pages, RevivablePages)]
+        revival = RevivalStep(revivable, self._decoder_layers, self.compressor.stats) if revivable else None
+        return Batch(tuple(prefills), tuple(decodes), null_blocks, held, block_size, revival)
 
     def _decode_rows(self, row: int, request_id: str, plan: StepPlan) -> list[DecodeRows]:
         """The rows of a compressed request where it evicts and they matter to that, or none."""

@@ -77,7 +77,9 @@ class _CompressionMixin(Scheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if request.request_id in self.manager.ended:
-            limit = self.manager.plans[request.request_id].until_next_block(num_computed_tokens)
+            known = self.manager.plans[request.request_id]
+            # Where rows come back each token chooses anew what the next one finds.
+            limit = 1 if known.revives else known.until_next_block(num_computed_tokens)
             return num_new_tokens if limit is None else min(num_new_tokens, limit)
         if num_computed_tokens >= request.num_prompt_tokens:
             return num_new_tokens
@@ -88,11 +90,12 @@ class _CompressionMixin(Scheduler):
         num_new_tokens = min(num_new_tokens, plan.stop_after(num_computed_tokens) - num_computed_tokens)
         # vLLM may yet shorten a chunk before an image that its encoder has no room for.
         ends = num_computed_tokens + num_new_tokens == plan.num_tokens and not request.has_encoder_inputs
-        if plan.has_stash and not ends and request.request_id not in self.manager.stashing:
+        has_rows = plan.has_stash and (plan.revives or not ends)
+        if has_rows and request.request_id not in self.manager.stashing:
             limit = self.compression.max_tsp_tokens
             assert limit is not None, "filled in by CompressionConfig.for_model"
-            if self.manager.num_stash_tokens() + plan.num_tokens > limit:
-                return 0  # waits until another prompt has ended; one prompt always fits
+            if self.manager.num_stash_rows() + plan.num_stash_rows > limit:
+                return 0  # waits until another prompt or request has ended; one always fits
         return num_new_tokens
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -139,6 +142,8 @@ class _CompressionMixin(Scheduler):
             self._settle(orders_of(scheduler_output), stats)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.has_unfinished_requests():
+            # Workers drop the rows of the last request with the step that tells them of its end.
+            self.totals.worker.stash_bytes = self._unreported.worker.stash_bytes = 0
             self._check_idle()
         return outputs
 

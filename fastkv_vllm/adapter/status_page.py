@@ -91,7 +91,7 @@ def _now(figures: Mapping[str, Mapping[str, float]]) -> str:
         "KV cache in use": _percent(_of(figures, "kv_cache_usage_perc")),
     }
     if stash := _of(figures, "fastkv_stash_bytes"):
-        rows["rows waiting for their prompt's end"] = f"{stash / 2**20:,.1f} MiB"
+        rows["rows waiting for their prompt's end, or to come back"] = f"{stash / 2**20:,.1f} MiB"
     return _pairs(rows)
 
 
@@ -108,7 +108,7 @@ def _methods(figures: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _others(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """Prompts left alone, rows that went on after cuts, and what choosing cost."""
+    """Prompts left alone, rows that went on after cuts or came back, and what choosing cost."""
     rows = {
         f"prompts left alone: {reason.replace('_', ' ')}": _count(value)
         for reason, value in figures.get("fastkv_requests_left_alone", {}).items()
@@ -121,6 +121,8 @@ def _others(figures: Mapping[str, Mapping[str, float]]) -> str:
         f"prompts cut after layer {layer}": _count(value)
         for layer, value in sorted(figures.get("fastkv_cuts", {}).items(), key=lambda item: int(item[0]))
     }
+    if back := _of(figures, "fastkv_revived_rows"):
+        rows["rows that came back while decoding"] = _count(back)
     spent = {act: _of(figures, f"fastkv_{act}_seconds") for act in ("score", "select", "compact")}
     if sum(spent.values()):
         words = zip(("scoring", "selecting", "moving"), spent.values(), strict=True)

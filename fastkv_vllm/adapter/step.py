@@ -1,6 +1,8 @@
 """How plans and figures ride on vLLM's own messages between scheduler and workers."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -18,15 +20,16 @@ _STATS = "fastkv_stats"
 class WorkerStats:
     """What a worker did in one step; the scheduler adds it to its totals.
 
-    Fields: rows that reached the first TSP layer and that went on after the last, bytes of stashed rows now held,
-    microseconds spent scoring entries, selecting those that stay (and the rows that go on), and moving them; layer ->
-    prompts whose rows were cut after it; request whose prompt ended -> leading blocks of its destination that its pages
-    did not need on any rank; request whose prompt ended with fewer entries than planned -> mean pages of a layer and
-    head, rounded up.
+    Fields: rows that reached the first TSP layer and that went on after the last, rows that came back while decoding,
+    bytes of rows now held, microseconds spent scoring entries, selecting those that stay (and the rows that go on), and
+    moving them; layer -> prompts whose rows were cut after it; request whose prompt ended -> leading blocks of its
+    destination that its pages did not need on any rank; request whose prompt ended with fewer entries than planned ->
+    mean pages of a layer and head, rounded up.
     """
 
     tsp_rows_in: int = 0
     tsp_rows_out: int = 0
+    revived_rows: int = 0
     stash_bytes: int = 0
     score_us: int = 0
     select_us: int = 0
@@ -34,6 +37,13 @@ class WorkerStats:
     cut_layers: dict[int, int] = field(default_factory=dict)
     surplus: dict[str, int] = field(default_factory=dict)
     fewer_pages: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time spent within it to a field, microseconds."""
+        start = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + int((time.perf_counter() - start) * 1e6))
 
 
 @dataclass

@@ -15,8 +15,8 @@ rows of the prompt go on, out of the stash, to the layer that has.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -25,15 +25,13 @@ import torch
 from torch import nn
 from vllm.forward_context import get_forward_context
 
-from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.detour import Layer, detour
 from fastkv_vllm.kernels.propagate import gather_stream
 
 logger = logging.getLogger("vllm.fastkv")
-
-Layer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class TSPStep:
     Args:
         compressor: holds stash and selection.
         segments: all requests of the step, in order.
-        view: attention metadata of the whole batch, null blocks already cut off.
-        builder: makes the late layers' metadata.
+        builder: makes the late layers' metadata; it has just built that of the whole batch.
+        layers: all decoder layers, in order; none on a detour yet.
         layer_names: names of the attention layers by index.
         embed: token ids [n] -> what the first layer takes, [n, hidden].
     """
@@ -87,54 +85,30 @@ class TSPStep:
         self,
         compressor: Compressor,
         segments: Sequence[_Segment],
-        view: Any,
         builder: CompressionMetadataBuilder,
+        layers: Sequence[nn.Module],
         layer_names: Mapping[int, str],
         embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._compressor = compressor
         self._segments = segments
-        self._view = view
+        self._view: Any = builder.view
         self._builder = builder
+        self._layers = layers
+        self._forwards: Sequence[Layer] = [layer.forward for layer in layers]  # the layers' own
         self._layer_names = layer_names
         self._embed = embed
-        self._forwards: Sequence[Layer] = ()  # the layers' own
         self._going = segments  # those with rows in the batch of the layer that runs
         self._positions: torch.Tensor | None = None  # of the rows after a cut; before it they are the model's
 
-    @contextmanager
-    def detour(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Within it, layers with a cut hand on the next batch and the layers after them run on that.
-
-        Only the instances' `forward` is replaced, and only meanwhile, unless the forward context takes detours
-        (patches/0004): compiled code never sees either, which is why this step must run uncompiled.
-
-        Args:
-            layers: all decoder layers, in order.
-        """
-        get_forward_context().skip_compiled = True
+    def detour(self) -> AbstractContextManager[None]:
+        """Within it, layers with a cut hand on the next batch and the layers after them run on that."""
         first_cuts = []
         for segment in self._segments:
             if segment.prefill is not None and (layer := segment.prefill.plan.first_cut) is not None:
                 first_cuts.append(layer)
                 self._compressor.stats.tsp_rows_in += segment.count
-        first = min(first_cuts)
-        self._forwards = [layer.forward for layer in layers]
-        if native.detours_layers():
-            setattr(
-                get_forward_context(),
-                native.DETOUR_FIELD,
-                lambda index, layer: layer if index < first else self._replace(index, layer),
-            )
-            yield
-            return
-        for index, decoder_layer in enumerate(layers[first:], start=first):
-            decoder_layer.forward = self._replace(index, decoder_layer.forward)
-        try:
-            yield
-        finally:
-            for decoder_layer in layers[first:]:
-                del decoder_layer.forward
+        return detour(self._layers, min(first_cuts), self._replace)
 
     def scatter(self, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Final hidden states by row of the step; rows that did not go on are zero and never sampled from.
@@ -185,9 +159,9 @@ class TSPStep:
                 segments.append(segment)
                 continue
             assert prefill is not None, "it is cut"
+            if prefill.plan.has_stash and (prefill.destination is None or prefill.plan.revives):
+                self._stash(index, prefill, hidden[rows] + residual[rows])
             if prefill.destination is None:
-                if prefill.plan.has_stash:
-                    self._stash(prefill, hidden[rows] + residual[rows])
                 continue
             chosen = self._compressor.selected.pop(prefill.request_id)
             self._count(index, prefill, len(chosen))
@@ -235,11 +209,14 @@ class TSPStep:
         assert residual is not None, "a layer has run"
         return hidden, residual, prefill.positions
 
-    def _stash(self, prefill: PrefillRows, stream: torch.Tensor) -> None:
-        stash = self._compressor.stash
+    def _stash(self, index: int, prefill: PrefillRows, stream: torch.Tensor) -> None:
+        stash, plan = self._compressor.stash, prefill.plan
         if prefill.request_id not in stash:
-            stash[prefill.request_id] = stream.new_empty(prefill.plan.num_tokens, stream.shape[1])
-        stash[prefill.request_id][prefill.start : prefill.start + prefill.count] = stream
+            num_sets = plan.num_stash_rows // plan.num_tokens
+            stash[prefill.request_id] = stream.new_empty(num_sets, plan.num_tokens, stream.shape[1])
+        own = slice(prefill.start, prefill.start + prefill.count)
+        cut = [layer for layer, _ in plan.cuts].index(index) if plan.revives else 0
+        stash[prefill.request_id][cut][own if prefill.positions is None else prefill.positions] = stream
 
     def _pick(
         self,
@@ -254,7 +231,8 @@ class TSPStep:
         The stash has all before them at a prompt's first cut; at later cuts there are none before.
         """
         if prefill.start:
-            return gather_stream(self._compressor.stash[prefill.request_id][: prefill.start], hidden, residual, chosen)
+            before = self._compressor.stash[prefill.request_id][0, : prefill.start]
+            return gather_stream(before, hidden, residual, chosen)
         return gather_stream(hidden[:0], hidden, residual, torch.searchsorted(positions, chosen))
 
     def _lay_out(self, index: int, segments: Sequence[_Segment]) -> None:

@@ -104,6 +104,7 @@ class PromptPlan:
         pair_entries: records of merged entries that a page has room for, where a layer and its owner are merged; None:
             a layer reads its owner's entries as they are.
         pair_retained: share of the entries that may stay out of that.
+        revives: rows left behind at a cut may come back while decoding: they are held until the request ends.
     """
 
     num_tokens: int
@@ -126,6 +127,7 @@ class PromptPlan:
     layer_owners: tuple[int, ...] = ()
     pair_entries: int | None = None
     pair_retained: float = 0.0
+    revives: bool = False
 
     @property
     def has_stash(self) -> bool:
@@ -221,6 +223,11 @@ class PromptPlan:
     def num_freed_blocks(self) -> int:
         """Blocks that return to the pool when the prompt is done, at least."""
         return self.num_whole_blocks - self.num_stored_blocks
+
+    @property
+    def num_stash_rows(self) -> int:
+        """Residual rows that are held of the prompt: those that reach its first cut, or a set of them for each cut."""
+        return self.num_tokens * (len(self.cuts) if self.revives else self.has_stash)
 
     def rows_after(self, num_layers: int) -> list[int]:
         """Rows that go on after each layer, the last one among them, [num_layers]; the most there may be."""
@@ -349,6 +356,7 @@ def plan_prompt(
     layer_owners: tuple[int, ...] = (),
     pair_entries: int | None = None,
     pair_retained: float = 0.0,
+    revives: bool = False,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -379,6 +387,7 @@ def plan_prompt(
         layer_owners: layer whose entries each layer reads after the prompt, not with page_entries; empty: its own.
         pair_entries: records of merged entries that a page has room for, where a layer and its owner are merged.
         pair_retained: share of the entries that may stay out of that.
+        revives: see `PromptPlan`.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -399,6 +408,7 @@ def plan_prompt(
         layer_owners=layer_owners,
         pair_entries=pair_entries,
         pair_retained=pair_retained,
+        revives=revives,
     )
     tail = plan.num_tail
     fewest = plan.least_pages * block_size + tail

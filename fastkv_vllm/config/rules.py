@@ -112,14 +112,16 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
     check(loss is None or (is_number(loss) and 0 < loss < 1), "halting_loss", "in (0, 1)", config)
     rule = f"left out: heads of {config.method} let go of entries before the last query that the rule asks"
     check(loss is None or not config.streams, "halting_loss", rule, config)
+    rule = f"left out: in {config.method} layers keep all rows they see"
+    check(loss is None or not cls.revives, "halting_loss", rule, config)
     by_layer = config.layer_owners is None and config.merge_layers is None
     evicts = cls.default_evict_while_decoding and config.codec == NO_CODEC and by_layer
     fill_in(config, "evict_while_decoding", evicts)
     check(isinstance(config.evict_while_decoding, bool), "evict_while_decoding", "true or false", config)
     rule = f"false: entries stored with codec {config.codec!r} cannot be chosen from again"
     check(config.codec == NO_CODEC or not config.evict_while_decoding, "evict_while_decoding", rule, config)
-    if cls.layer_budgets in CUT_BUDGETS and not cls.default_evict_while_decoding:
-        rule = f"false: in {config.method} what a layer keeps follows from its own cuts of the prompt"
+    if cls.revives:
+        rule = f"false: in {config.method} what a layer holds of the prompt is chosen anew with each token"
         check(not config.evict_while_decoding, "evict_while_decoding", rule, config)
     check_head_weights(config)
     check(is_number(config.head_beta) and 1 <= config.head_beta < math.inf, "head_beta", "a number >= 1", config)
@@ -137,6 +139,8 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
         return
     rule = f"{NO_CODEC!r}: {config.method} moves its entries before the prompt ends, or reads tokens again"
     check(not (cls.streams or cls.reads_again), "codec", rule, config)
+    rule = f"{NO_CODEC!r}: in {config.method} rows come back into the places of entries, while it decodes"
+    check(not cls.revives, "codec", rule, config)
     fill_in(config, "channel_ratio", 1.0)
     check(is_share(config.channel_ratio), "channel_ratio", "in (0, 1]", config)
     fill_in(config, "residual_window", max(config.window_size, cls.default_residual_window))
@@ -189,6 +193,8 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
     _complete_merging(config, cls)
     if owners is None and config.merge_layers is None and not cls.shares_layers:
         return
+    rule = f"left out: in {config.method} what a layer keeps follows from its own cuts of the prompt"
+    check(cls.layer_budgets not in CUT_BUDGETS, "layer_owners", rule, config)
     of_heads = (UNIFORM, *HEAD_BUDGETS) if config.merge_layers is None else (UNIFORM,)
     for name, allowed, rule in (
         ("layer_budgets", (UNIFORM,), UNIFORM),

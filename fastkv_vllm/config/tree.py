@@ -72,8 +72,9 @@ class CompressionConfig:
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
-        max_tsp_tokens: most prompt tokens whose residual rows wait for their last chunk, over all requests; prompts
-            wait for their turn beyond it; None: the model's maximum length.
+        max_tsp_tokens: most residual rows held, over all requests: of prompts that wait for their last chunk, and
+            for each cut of those whose rows may come back while they decode. Prompts wait for their turn beyond it;
+            None: the rows of one prompt of the model's maximum length.
     """
 
     method: str
@@ -173,11 +174,13 @@ class CompressionConfig:
                 f"kv_compression_config: tsp_layer must be in 0..{num_layers - 2}, the model has {num_layers} layers; "
                 f"got {as_json(layer)}"
             )
-        limit = max_model_len if self.max_tsp_tokens is None and self.has_stash else self.max_tsp_tokens
-        if limit is not None and limit < max_model_len:
+        least = max_model_len * (len(each(layer)) if method_class(self.method).revives else 1)
+        limit = least if self.max_tsp_tokens is None and self.has_stash else self.max_tsp_tokens
+        if limit is not None and limit < least:
+            rows = "" if least == max_model_len else f", {least // max_model_len} times for {self.method}: {least}"
             raise ValueError(
-                f"kv_compression_config: max_tsp_tokens must be at least the model's maximum length {max_model_len}; "
-                f"got {limit}; raise it or lower --max-model-len"
+                f"kv_compression_config: max_tsp_tokens must be at least the model's maximum length {max_model_len}"
+                f"{rows}; got {limit}; raise it or lower --max-model-len"
             )
         self._require_owners_within_cuts(each(layer))
         return dataclasses.replace(
@@ -393,6 +396,7 @@ class CompressionConfig:
             layer_owners=owners,
             pair_entries=pair_entries,
             pair_retained=self.merge_gamma or 0.0,
+            revives=cls.revives,
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
             return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))

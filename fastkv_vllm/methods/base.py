@@ -29,6 +29,8 @@ class Method(ABC):
         recent_ones_vote: the queries of all recent tokens vote, not those of the last `window_size`.
         most_voters_after_image: where a prompt has an image, so many of the tokens after the last one vote at most, not
             the last `window_size`; 0: images make no difference.
+        revives: each generated token chooses anew at every cut what the layers after it hold of the prompt, and rows
+            left behind may come back.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
             default_halting_loss, default_rank_variance, default_evict_while_decoding, default_codec,
             default_residual_window, default_encode_generated: the fields of CompressionConfig without `default_`, when
@@ -52,6 +54,7 @@ class Method(ABC):
     reads_again: ClassVar[bool] = False
     recent_ones_vote: ClassVar[bool] = False
     most_voters_after_image: ClassVar[int] = 0
+    revives: ClassVar[bool] = False
     default_retention_ratio: ClassVar[float] = 0.1
     default_num_sink: ClassVar[int] = 0
     default_recent_share: ClassVar[float] = 0.0

@@ -1,4 +1,4 @@
-"""LazyLLM, the part that reads the prompt: rows the last token does not look at are left behind, layer by layer."""
+"""LazyLLM: rows the current token does not look at are left behind, layer by layer, until one looks at them again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,18 +24,22 @@ CUT_BUDGETS["seen"] = seen
 @register("lazyllm")
 @dataclass(frozen=True)
 class LazyLLM(TOVA):
-    """The last query's vote, once for all heads, at three layers; a layer keeps what it sees.
+    """The current query's vote, once for all heads, at three layers, for the prompt's last token and each after it.
 
-    After a quarter, a half and three quarters of the layers the same share of the rows goes on.
+    After a quarter, a half and three quarters of the layers the same share of the rows goes on; the layers up to the
+    next cut hold those, as many at all times. A row left behind waits there with its hidden state and resumes from it
+    when a later token chooses it.
 
-    Source: arXiv 2407.14057, section 3. Differences: a row left behind does not come back (the paper revives it from a
-    cache of hidden states when a generated token looks at it, and prunes while it decodes); the share follows from
-    `retention_ratio`, the mean over layers (the paper tunes layers and percentiles per task and prints neither); kept
-    counts are whole pages.
+    Source: arXiv 2407.14057, section 3. Differences: an entry that is not chosen gives its place to one that comes
+    back, so it is computed anew if it returns (the paper keeps it and computes each row of a layer once); what is
+    generated stays; the window and the tail of the last block always go on; the share follows from `retention_ratio`,
+    the mean over layers (the paper tunes layers and percentiles per task and prints neither); kept counts are whole
+    pages.
     """
 
     source: ClassVar[str] = "arXiv 2407.14057, section 3"
     propagates: ClassVar[bool] = True
+    revives: ClassVar[bool] = True
     default_retention_ratio: ClassVar[float] = 0.5
     default_evict_while_decoding: ClassVar[bool] = False
     layer_budgets: ClassVar[str] = "seen"

@@ -249,7 +249,10 @@ class Engine:
         assert not left, f"left in the manager: {left}"
         assert not self.scheduler._reports, "reports of requests that are gone"
         if self.core.vllm_config.parallel_config.world_size == 1:
-            held = {name: list(getattr(self.compressor, name)) for name in ("windows", "sums", "stash", "selected")}
+            held = {
+                name: list(getattr(self.compressor, name))
+                for name in ("windows", "sums", "stash", "selected", "went_on")
+            }
             assert not any(held.values()), f"left in the worker: {held}"
             # The worker is told that a request is gone with the next step that is scheduled.
             gone = {*self.compressor.held, *self.compressor.evictor.requests}.difference(*self._last_scheduled)

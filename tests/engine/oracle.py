@@ -15,6 +15,7 @@ import tests.reference.budgets
 import tests.reference.codecs
 import tests.reference.merging
 import tests.reference.model
+import tests.reference.revival
 import tests.reference.selection
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.codecs import EntryShape
@@ -267,6 +268,7 @@ def _generate(
         patch.setattr(tests.reference.budgets, "by_density", wish_and_remember)
         patch.setattr(tests.reference.budgets, "hand_out", hand_out_and_measure)
         patch.setattr(tests.reference.model, "select_positions", select_and_measure)
+        patch.setattr(tests.reference.revival, "select_positions", select_and_measure)
         patch.setattr(tests.reference.budgets, "best_by_head", count_and_measure)
         patch.setattr(tests.reference.budgets, "losses_by_count", lose_and_measure)
         return _model(checkpoint).generate(prompt, max_tokens, drop, num_context), min(gaps)

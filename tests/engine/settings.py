@@ -90,6 +90,8 @@ MERGED = {
         WHOLE | {"retention_ratio": 0.6, "merge_layers": "keys_and_values", "merge_gamma": 0.3, "merge_t": 0.3},
     ),
 }
+# Of a server with room for all of REQUESTS: the rows of three cuts of the longest prompt.
+SERVER = TSP | {"max_tsp_tokens": 3 * 2048}
 # Name -> method and configuration of requests that are served together.
 REQUESTS = {
     "fastkv": ("fastkv", TSP),

@@ -8,7 +8,7 @@ from tests.engine.child import report
 from tests.engine.harness import Engine, logprobs_of
 from tests.engine.oracle import clear, freed_blocks, plan_of, reference
 from tests.engine.requests import answer, ask, filled
-from tests.engine.settings import ENCODED, EXACT, MIXED, RAGGED
+from tests.engine.settings import ENCODED, EXACT, MIXED, RAGGED, SERVER
 
 
 def record(worker):
@@ -34,7 +34,7 @@ def recorded(worker):
 
 
 def main(checkpoint: Path, *names: str) -> None:
-    engine = Engine(checkpoint, *EXACT["fastkv"], tensor_parallel_size=2, distributed_executor_backend="mp")
+    engine = Engine(checkpoint, "fastkv", SERVER, tensor_parallel_size=2, distributed_executor_backend="mp")
     engine.llm.collective_rpc(record)
     results = {}
     for name in names:
@@ -44,14 +44,17 @@ def main(checkpoint: Path, *names: str) -> None:
         mixed = [clear(checkpoint, config, prompt, 36) for prompt in MIXED]
         with engine.step_tokens(200):
             engine.llm.collective_rpc(recorded)
+            num_revived = engine.totals.worker.revived_rows
             (output,) = ask(engine, [(alone, method, settings)], 8)
             selections = engine.llm.collective_rpc(recorded)
             last = merged(engine.llm.collective_rpc("last_kept"), 2)
+            num_revived = engine.totals.worker.revived_rows - num_revived
             ask(engine, [(prompt, method, settings) for prompt in mixed], 36)
         results[name] = {
             "prompt": alone,
             "selections": selections,
             "last": last,
+            "num_revived": num_revived,
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": logprobs_of(output),
         }

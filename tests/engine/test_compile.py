@@ -1,4 +1,4 @@
-"""torch.compile on: compiled steps and steps with TSP rows, which run uncompiled, agree."""
+"""torch.compile on: compiled steps and steps with TSP rows or rows that come back, which run uncompiled, agree."""
 
 import pytest
 from vllm.config import CompilationMode
@@ -7,11 +7,11 @@ from vllm.forward_context import get_forward_context
 from fastkv_vllm.adapter.step import orders_of
 from tests.engine.oracle import make_prompts
 from tests.engine.requests import answer
-from tests.engine.settings import SMALL, TSP
+from tests.engine.settings import SERVER, SMALL
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "settings"), [("snapkv", SMALL), ("fastkv", TSP)])
+@pytest.mark.parametrize(("method", "settings"), [("snapkv", SMALL), ("fastkv", SERVER)])
 def test_mixed_requests(start, method, settings):
     engine = start(method, settings, enforce_eager=False, max_num_batched_tokens=512)
     config = engine.core.vllm_config.compilation_config
@@ -31,7 +31,10 @@ def test_mixed_requests(start, method, settings):
     with engine.step_tokens(100), engine.watch(after=steps.append):
         engine.check(make_prompts([500, 90, 700]))
     del runner.model.model.forward
-    tsp_steps = [s for s in steps if settings is TSP and orders_of(s).plan.prefills]
+    tsp_steps = [s for s in steps if method == "fastkv" and orders_of(s).plan.prefills]
     assert len(eager) == len(tsp_steps) and all(eager)
     assert len(steps) > len(eager) + 30, "no step ran compiled"
     answer(engine, ("gemfilter", "none"))  # compiled steps get positions of the runner's own
+    if method == "fastkv":
+        answer(engine, ("lazyllm", "none"))  # only uncompiled steps let rows come back
+        assert engine.totals.worker.revived_rows > 100

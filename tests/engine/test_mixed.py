@@ -8,12 +8,12 @@ from fastkv_vllm.methods import CUT_BUDGETS, method_names
 from tests.engine.harness import sampling
 from tests.engine.oracle import BLOCK_SIZE, code_blocks, make_prompts, plan_of, reference
 from tests.engine.requests import answer, filled
-from tests.engine.settings import CUTS, GEMFILTER, REQUESTS, SMALL, TSP
+from tests.engine.settings import CUTS, GEMFILTER, REQUESTS, SERVER, SMALL
 
 
 @pytest.fixture
 def engine(start):
-    return start("fastkv", TSP, max_num_seqs=10, num_gpu_blocks_override=400)
+    return start("fastkv", SERVER, max_num_seqs=10, num_gpu_blocks_override=400)
 
 
 @pytest.mark.parametrize("step_tokens", [97, 2048])
@@ -55,7 +55,7 @@ def test_preempted_in_prefill_and_after_it(engine):
 
 def test_a_small_pool(start):
     """It holds two of the prompts whole: others wait, and take blocks that were given back."""
-    engine = start("fastkv", TSP, max_num_seqs=10, num_gpu_blocks_override=75)
+    engine = start("fastkv", SERVER, max_num_seqs=10, num_gpu_blocks_override=75)
     with engine.step_tokens(300), engine.watch():
         answer(engine)
 

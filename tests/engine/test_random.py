@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from tests.engine.harness import Engine, sampling
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import REQUESTS, TSP
+from tests.engine.settings import REQUESTS, SERVER
 
 NUM_STEPS = int(os.environ.get("FASTKV_RANDOM_STEPS", "600"))
 NUM_RULES = 60  # of one history; engine steps are several times as many
@@ -25,7 +25,7 @@ PROMPT = make_prompts([1500])[0]
 @pytest.fixture(scope="module")
 def engine(start) -> Engine:
     """A pool of 60 blocks: the longest prompt takes 47 of them."""
-    return start("fastkv", TSP, max_num_seqs=6, num_gpu_blocks_override=61, max_model_len=1800)
+    return start("fastkv", SERVER, max_num_seqs=6, num_gpu_blocks_override=61, max_model_len=1800)
 
 
 class Histories:

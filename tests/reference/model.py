@@ -17,6 +17,7 @@ import tests.reference.eviction
 import tests.reference.merging
 import tests.reference.streaming
 from tests.reference.images import image_rows
+from tests.reference.revival import Waiting, choose, exchange, put_back
 from tests.reference.scores import (
     all_query_scores,
     last_query_attention,
@@ -39,6 +40,7 @@ class Generation:
     kept: per layer and head the kept positions, [num_kept] int64, ascending; empty without a drop.
     tsp_indices: after each cut the positions that went on, [rows] int64, ascending; empty without cuts.
     cut_layers: the layers of these cuts.
+    num_revived: prompt rows that came back while decoding, counted once for each cut.
     """
 
     tokens: list[int]
@@ -47,6 +49,7 @@ class Generation:
     kept: list[list[Tensor]]
     tsp_indices: list[Tensor]
     cut_layers: list[int]
+    num_revived: int = 0
 
 
 @dataclass
@@ -118,22 +121,30 @@ class ReferenceModel:
     ) -> Generation:
         """Decode greedily for max_tokens tokens, whatever they are: no token stops it.
 
-        Prefill attention runs over all entries the layer sees, but where heads stream; drop applies once, after it.
-        What is generated stays, unless the drop has a period. With num_context the drop comes after so many prompt
-        tokens, and the rest of the prompt is read token by token, as if it had been generated.
+        Prefill attention runs over all entries the layer sees, but where heads stream; drop applies once, after it, but
+        for a method that chooses anew with each token. What is generated stays, unless the drop has a period. With
+        num_context the drop comes after so many prompt tokens, and the rest of the prompt is read token by token, as if
+        it had been generated.
 
         Raises: ValueError if drop does not fit the prompt.
         """
         num_context = len(prompt) if num_context is None else num_context
-        hidden, layers, kept, cuts = self._prefill(prompt[:num_context], drop)
+        waiting = Waiting(drop, [], []) if drop is not None and drop.revives else None
+        hidden, layers, kept, cuts = self._prefill(prompt[:num_context], drop, waiting)
         shift = 0
         if drop is not None and drop.method == "gemfilter":
             (chosen,) = cuts.values()
             hidden, layers, _, _ = self._prefill([prompt[p] for p in chosen], drop=None)
             kept = [[chosen] * self.num_kv_heads] * len(layers)
             shift = num_context - len(chosen)
+
+        def read(token: int, position: int) -> Tensor:
+            if waiting is not None:
+                return self._decode_choosing(layers, token, position, waiting)
+            return self._decode(layers, token, position - shift, drop)
+
         for position in range(num_context, len(prompt)):
-            hidden = self._decode(layers, prompt[position], position - shift, drop)
+            hidden = read(prompt[position], position)
         tokens, logprobs, margins = [], [], []
         while True:
             logits = self._head(hidden[-1])
@@ -142,13 +153,17 @@ class ReferenceModel:
             logprobs.append(float(logits.log_softmax(dim=-1)[tokens[-1]]))
             margins.append(float(best[0] - best[1]))
             if len(tokens) == max_tokens:
-                return Generation(tokens, logprobs, margins, kept, list(cuts.values()), list(cuts))
-            hidden = self._decode(layers, tokens[-1], len(prompt) + len(tokens) - 1 - shift, drop)
+                num_revived = 0 if waiting is None else waiting.num_revived
+                return Generation(tokens, logprobs, margins, kept, list(cuts.values()), list(cuts), num_revived)
+            hidden = read(tokens[-1], len(prompt) + len(tokens) - 1)
 
     def _prefill(
-        self, prompt: Sequence[int], drop: Drop | None
+        self, prompt: Sequence[int], drop: Drop | None, waiting: Waiting | None = None
     ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], dict[int, Tensor]]:
-        """Run the prompt: the last layer's hidden rows, the layers after dropping, kept, cuts: layer -> tsp_indices."""
+        """Run the prompt: the last layer's hidden rows, the layers after dropping, kept, cuts: layer -> tsp_indices.
+
+        What may come back is left in `waiting`.
+        """
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
         layers, seen, rated, voters, attention, densities, cuts = [], [], [], [], [], [], {}
@@ -174,6 +189,8 @@ class ReferenceModel:
                     densities.append(sum(of_heads) / len(of_heads))
                 num_rows = rows_after(drop, [sum(scores).tolist() for scores in rated], len(prompt))
                 if num_rows is not None:
+                    if waiting is not None:
+                        waiting.streams.append(dict(zip(positions.tolist(), hidden, strict=True)))
                     chosen = _select(sum(rated[-1]), positions, num_rows, drop)
                     hidden = hidden[torch.searchsorted(positions, chosen)]
                     positions = cuts[index] = chosen
@@ -198,6 +215,8 @@ class ReferenceModel:
             kept = [kept[owner] for owner in drop.layer_owners] or kept
             if drop.merge is not None:
                 _merge(layers, kept, drop, len(prompt))
+        if waiting is not None:
+            waiting.held = [heads[0].tolist() for heads in kept]
         return hidden, layers, kept, cuts
 
     def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
@@ -222,6 +241,45 @@ class ReferenceModel:
             if drop is not None and drop.encode_after and (position + 1 - drop.residual) % drop.encode_after == 0:
                 _store(layer, [drop.encode_after] * len(layer.keys), drop)
         return hidden
+
+    def _decode_choosing(self, layers: list[_Layer], token: int, position: int, waiting: Waiting) -> Tensor:
+        """The same where the token chooses at each cut what the layers after it hold.
+
+        Rows that come back run before it in each of these layers.
+        """
+        hidden = self._embed([token])
+        back: list[int] = []
+        rows = hidden[:0]
+        for index, layer in enumerate(layers):
+            if back:
+                rows = self._come_back(layer, waiting.held[index], back, rows)
+            queries, keys, values = self._project(layer.weights, hidden, torch.tensor([position]))
+            layer.keys = [torch.cat(pair) for pair in zip(layer.keys, keys, strict=True)]
+            layer.values = [torch.cat(pair) for pair in zip(layer.values, values, strict=True)]
+            hidden = self._finish(layer.weights, hidden, _attend(queries, layer.keys, layer.values))
+            for number, (cut, _) in enumerate(waiting.drop.cuts):
+                if cut == index:
+                    waiting.streams[number] |= dict(zip(back, rows, strict=True))
+                    chosen = choose(waiting, index, queries, layer.keys, layer.values)
+                    back = exchange(waiting, index, chosen, [(other.keys, other.values) for other in layers])
+                    rows = torch.stack([waiting.streams[number][p] for p in back]) if back else hidden[:0]
+        return hidden
+
+    def _come_back(self, layer: _Layer, held: list[int], back: list[int], rows: Tensor) -> Tensor:
+        """Run rows of prompt positions `back` through a layer that holds `held`, [k, hidden_size]; it then holds them.
+
+        Each sees the entries up to its own position.
+        """
+        queries, keys, values = self._project(layer.weights, rows, torch.tensor(back))
+        put_back(held, back, layer.keys, keys)
+        put_back(held, back, layer.values, values)
+        held[:] = sorted([*held, *back])
+        attended = []
+        for i, position in enumerate(back):
+            end = held.index(position) + 1
+            before = [[head[:end] for head in cache] for cache in (layer.keys, layer.values)]
+            attended.append(_attend(queries[:, i : i + 1], *before))
+        return self._finish(layer.weights, rows, torch.cat(attended))
 
     def _layer_weights(self, weights: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Weights of one layer by short name, such as "q_proj.weight"; fused projections are split."""

@@ -107,6 +107,11 @@ class Drop:
         return num_tokens % self.block_size if self.codec is None else num_tokens - self.encoded_to
 
     @property
+    def revives(self) -> bool:
+        """Whether each decoded token chooses anew what the layers after a cut hold."""
+        return self.method == "lazyllm"
+
+    @property
     def has_scores(self) -> bool:
         return self.method not in _NO_SCORES
 

@@ -10,7 +10,7 @@ from benchmarks.server import Server, serve
 
 CHECKPOINT = Path(__file__).parents[2] / "benchmarks/tiny_model/checkpoint"
 MODEL = "tiny"
-SETTINGS = {"retention_ratio": 0.1, "tsp_layer": 5, "tsp_ratio": 0.2, "min_tokens": 512}
+SETTINGS = {"retention_ratio": 0.1, "tsp_layer": 5, "tsp_ratio": 0.2, "min_tokens": 512, "max_tsp_tokens": 3 * 2048}
 FLAGS = ("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-batched-tokens", "600", "--enforce-eager")
 # Engine tests of the same session set other values for their own process.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", "VLLM_USE_V2_MODEL_RUNNER": "0"}
