@@ -47,6 +47,7 @@ CHOICES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "snapkv": [
         ("none", {}),
         ("snapkv", {"retention_ratio": 0.3}),
+        ("snapkv", {"retention_ratio": 0.05, "min_attention_recall": 0.9}),
         ("snapkv", {"codec": "int8"}),
         ("adakv", {}),
         ("pyramidkv", {"retention_ratio": 0.2}),

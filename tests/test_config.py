@@ -49,6 +49,8 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "value_norms": False,
         "decay": None,
         "halting_loss": None,
+        "min_attention_recall": None,
+        "max_retention_ratio": None,
         "evict_while_decoding": False,
         "codec": "none",
         "channel_ratio": None,
@@ -211,6 +213,68 @@ def test_heads_stream_where_their_budgets_are_known_in_advance() -> None:
         CompressionConfig("duoattention", halting_loss=0.1)
 
 
+def test_a_guard_has_a_ceiling() -> None:
+    """What late layers see, or everything; blocks and rows are planned for it, the budget says where it begins."""
+    guard = {"min_attention_recall": 0.9}
+    assert CompressionConfig("snapkv", **guard).max_retention_ratio == 1.0  # type: ignore[arg-type]
+    assert make(**guard).max_retention_ratio == 0.2
+    assert make(**guard, tsp_layer=[2, 4], tsp_ratio=[0.6, 0.5]).max_retention_ratio == 0.5
+    plan = make(**guard, tsp_layer=3, max_retention_ratio=0.15).plan(2000, 32)
+    assert isinstance(plan, PromptPlan) and plan.is_ragged and plan.planned_pages == 6 and plan.num_pages == 9
+    bare = make(tsp_layer=3).plan(2000, 32)
+    assert isinstance(bare, PromptPlan) and (bare.num_pages, bare.planned_pages, bare.cuts) == (6, None, plan.cuts)
+    whole = CompressionConfig("snapkv", **guard).plan(2000, 32)  # type: ignore[arg-type]
+    assert isinstance(whole, PromptPlan) and whole.num_pages == 62 and whole.num_freed_blocks == 0
+    assert CompressionConfig("snapkv", **guard, retention_ratio=1.0).plan(2000, 32) is LeftAlone.BUDGET_COVERS_PROMPT  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("snapkv", {"max_retention_ratio": 0}, r"max_retention_ratio must be in \(0, 1\]; got 0"),
+        (
+            "snapkv",
+            {"max_retention_ratio": 0.05},
+            "max_retention_ratio must be at least retention_ratio = 0.1; got 0.05",
+        ),
+        (
+            "fastkv",
+            {"max_retention_ratio": 0.3},
+            "max_retention_ratio must be at most tsp_ratio = 0.2: late layers cannot keep more than they see; got 0.3",
+        ),
+        ("snapkv", {"budget": 100}, "budget must be left out with min_attention_recall; got 100"),
+        ("fastkv", {"tsp_tokens": 100}, "tsp_tokens must be left out with min_attention_recall; got 100"),
+        ("adakv", {}, "head_budgets must be uniform with min_attention_recall; got 'adaptive'"),
+        ("pyramidkv", {}, "layer_budgets must be uniform with min_attention_recall; got 'pyramid'"),
+        ("snapkv", {"codec": "int8"}, "codec must be none with min_attention_recall; got 'int8'"),
+        ("dbudgetkv", {}, "halting_loss must be left out with min_attention_recall; got 0.01"),
+        (
+            "snapkv",
+            {"layer_owners": [0, 0]},
+            r"layer_owners must be left out with min_attention_recall; got \(0, 0\)",
+        ),
+        (
+            "streamingllm",
+            {"merge_layers": "values"},
+            "merge_layers must be left out with min_attention_recall; got 'values'",
+        ),
+        *[
+            (method, {}, f"min_attention_recall must be left out: {method} {reason}; got 0.9")
+            for method, reason in {
+                "gemfilter": "reads tokens again, whose entries all stay",
+                "pyramidinfer": "keeps in each layer what follows from its own cuts",
+                "lazyllm": "keeps in each layer what follows from its own cuts",
+                "kvsharer": "lets layers read the entries of others",
+                "duoattention": "lets heads let go of entries before the last queries look at them",
+            }.items()
+        ],
+    ],
+)
+def test_what_excludes_the_guard(method: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^kv_compression_config: {message}$"):
+        CompressionConfig.from_mapping(method, {"min_attention_recall": 0.9, **settings})
+
+
 def test_recent_tokens_are_a_share_of_the_budget() -> None:
     plan = CompressionConfig("h2o", retention_ratio=0.2).plan(2000, 32)
     assert isinstance(plan, PromptPlan) and plan.num_recent == 200
@@ -328,9 +392,10 @@ BAD = [
     ("encode_generated", True, "false without a codec"),
     *[
         (name, value, r"in \(0, 1\)")
-        for name in ("halting_loss", "rank_variance")
+        for name in ("halting_loss", "rank_variance", "min_attention_recall")
         for value in (0, 1, -0.1, "0.1", True)
     ],
+    ("max_retention_ratio", 0.5, "left out without min_attention_recall"),
     *[("min_tsp_layer", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
     ("min_tsp_layer", 4, "left out without rank_variance"),
     *[("min_tokens", value, "more than window_size = 8") for value in (1, 7, 8)],

@@ -14,16 +14,19 @@ from fastkv_vllm.methods import (
     Method,
     RankWatch,
     add_heads,
+    attention_mass,
     density,
+    guarded_pages,
     halting_pages,
     kept_norms,
     last_attention,
     method_class,
     method_names,
+    recall_by_pages,
     register,
 )
 from tests.reference import Drop
-from tests.reference.budgets import halt
+from tests.reference.budgets import guard, halt, recalls_by_pages
 from tests.reference.scores import voters_density, voters_scores
 from tests.reference.selection import relative_variance
 
@@ -170,6 +173,44 @@ def test_the_halting_rule_stays_within_its_bounds() -> None:
     norms = torch.tensor([0.5, 0.8, 0.9, 1.0])
     assert [halting_pages(norms, loss, least=1) for loss in (0.6, 0.3, 0.15, 0.01)] == [1, 2, 3, 3]
     assert halting_pages(norms, 0.6, least=2) == 2
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("name", ["snapkv", "streamingllm", "tova"])
+def test_the_guard_takes_the_first_pages_that_are_enough(name: str, floor: float) -> None:
+    """Recalls by prefix sums, mean over layers, are those of sets of entries that are added up one by one."""
+    num_tokens, size = 211, 16
+    layers, tail = [make_inputs(num_tokens), make_inputs(num_tokens)], num_tokens % 16
+    layers[1]["queries"] = layers[1]["queries"] * 3  # some keys stand out
+    drop = Drop(
+        name,
+        192 + tail,
+        num_tokens - WINDOW,
+        num_sink=4,
+        block_size=size,
+        min_recall=floor,
+        num_planned=32 + tail,
+    )
+    scores = [score(name, inputs).expand(HEADS, -1) for inputs in layers]
+    found = [
+        recall_by_pages(force(of, 4)[:, : num_tokens - tail], attention_mass(inputs["queries"], inputs["keys"]), size)
+        for of, inputs in zip(scores, layers, strict=True)
+    ]
+    recall = torch.stack(found).mean(dim=0)[:12]
+    votes = []
+    for inputs in layers:
+        rows = torch.zeros(num_tokens, HEADS * GROUP, HEAD_DIM, dtype=torch.float64)
+        rows[-WINDOW:] = inputs["queries"] * HEAD_DIM**0.5
+        votes.append(voters_scores(rows.transpose(0, 1), inputs["keys"].double(), WINDOW))
+    expected = recalls_by_pages(drop, scores, [inputs["positions"] for inputs in layers], votes)
+    assert recall[1:].tolist() == pytest.approx(expected, abs=1e-6) and expected == sorted(expected)
+    assert guarded_pages(recall, floor, least=2) * size + tail == guard(drop, expected)
+
+
+def test_the_guard_stays_within_its_bounds() -> None:
+    recall = torch.tensor([0.3, 0.6, 0.8, 0.9])
+    assert [guarded_pages(recall, floor, least=1) for floor in (0.2, 0.6, 0.7, 0.85, 0.95)] == [1, 2, 3, 4, 4]
+    assert guarded_pages(recall, 0.2, least=3) == 3
 
 
 @pytest.mark.parametrize("num_voters", [1, WINDOW, 50])

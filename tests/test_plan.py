@@ -84,6 +84,23 @@ def test_plans(arguments: dict[str, Any]) -> None:
     assert plan.num_recent == max(arguments["num_recent"], arguments["window_size"])
 
 
+@given(arguments(), st.integers(0, 3000))
+@settings(max_examples=400, derandomize=True, deadline=None)
+def test_a_guard_raises_a_plan_to_that_of_its_ceiling(arguments: dict[str, Any], more: int) -> None:
+    """Where the budget leaves a prompt alone, so does the guard."""
+    ceiling = arguments["num_kept"] + more
+    plan, bare = plan_prompt(**arguments, most_kept=ceiling), plan_prompt(**arguments)
+    if not isinstance(bare, PromptPlan):
+        assert plan is bare
+        return
+    assert isinstance(plan, PromptPlan) and plan.planned_pages == bare.num_pages and bare.planned_pages is None
+    raised = plan_prompt(**arguments | {"num_kept": ceiling})
+    if isinstance(raised, PromptPlan):
+        assert replace(plan, planned_pages=None) == raised
+    else:
+        assert plan.num_freed_blocks == 0 and not plan.cuts, "nothing is dropped before the guard has looked"
+
+
 @given(arguments())
 @settings(max_examples=400, derandomize=True, deadline=None)
 def test_a_prompt_is_left_alone_for_a_reason(arguments: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache, Idefics3ForConditionalGeneration
 
 from tests.reference import FAMILIES, Drop, Generation, ReferenceModel, make_checkpoint
-from tests.reference.budgets import losses_by_count
+from tests.reference.budgets import guard, losses_by_count, recalls_by_pages
 from tests.reference.images import ROW_TOKENS, make_image_checkpoint, picture, pixels
 from tests.reference.model import _attend, _Layer
 from tests.reference.selection import select_positions, window_scores
@@ -175,7 +175,7 @@ def test_a_layer_may_read_the_entries_of_another(llama: ReferenceModel, prompt: 
     shared = llama.generate(prompt, 4, replace(keep_all, layer_owners=(0, 1, 2, 3, 4, 5, 6, 2)))
     assert shared.logprobs[0] == full.logprobs[0], "the prompt is read as ever"
     assert abs(shared.logprobs[1] - full.logprobs[1]) > 1e-3
-    hidden, layers, _, _ = llama._prefill(prompt, None)
+    hidden, layers, *_ = llama._prefill(prompt, None)
     last, owner = layers[7], layers[2]
     last.keys, last.values = owner.keys, owner.values
     for step, token in enumerate(shared.tokens):
@@ -416,6 +416,16 @@ def test_reference_imports_neither_side_of_what_it_judges() -> None:
                 else [getattr(node, "module", None) or ""]
             )
             assert not {name.split(".")[0] for name in names} & {"vllm", "fastkv_vllm"}, file.name
+
+
+def test_recalls_by_hand() -> None:
+    """A head whose best entry is not the one looked at, and one where it is; the tail of one stays."""
+    drop = Drop("snapkv", 3, 2, window_size=1, num_sink=0, block_size=1, min_recall=0.7, num_planned=2)
+    scores, votes = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[2.0, 1.0, 1.0], [1.0, 6.0, 1.0]])
+    recalls = recalls_by_pages(drop, [scores], [torch.arange(3)], [votes])
+    assert recalls == pytest.approx([(0.5 + 7 / 8) / 2, 1.0])
+    assert [guard(replace(drop, min_recall=floor), recalls) for floor in (0.5, 0.7)] == [2, 3]
+    assert guard(replace(drop, num_kept=2), recalls[:1]) == 2, "not enough, and no more may stay"
 
 
 def test_losses_of_the_halting_rule_by_hand() -> None:

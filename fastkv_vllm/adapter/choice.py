@@ -151,6 +151,8 @@ class Choice:
         if method == default.method:
             replaced = {_INSTEAD[name] for name in settings if name in _INSTEAD}
             left_out = {"method", "head_weights", *replaced}
+            if settings.get("min_attention_recall", 1) is None:
+                left_out.add("max_retention_ratio")  # without a guard there is no ceiling
             if method_class(method).layer_budgets in CUT_BUDGETS:
                 left_out |= {"tsp_layer", "tsp_ratio"}  # they follow from the ratio, which may be another
                 if "retention_ratio" in settings or "layer_shares" in settings:

@@ -12,12 +12,22 @@ from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move, pages_read, uneven_moves
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, SharedPages, blocks_for
-from fastkv_vllm.adapter.ranks import rank_of, shared_pages
+from fastkv_vllm.adapter.ranks import mean_recall, rank_of, shared_pages
 from fastkv_vllm.adapter.rating import add_votes, agree, is_forced, rate_rows, value_norms
 from fastkv_vllm.adapter.revival import RevivablePages
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.kernels.select import select, select_ragged
-from fastkv_vllm.methods import DENSITY, RankWatch, density, halting_pages, kept_norms, last_attention
+from fastkv_vllm.methods import (
+    DENSITY,
+    RankWatch,
+    attention_mass,
+    density,
+    guarded_pages,
+    halting_pages,
+    kept_norms,
+    last_attention,
+    recall_by_pages,
+)
 
 
 class Compressor:
@@ -43,6 +53,7 @@ class Compressor:
             this step and whose entries are evicted while decoding.
         voters: request -> queries of each layer's voters, [W, Hq, D], of prompts whose keys lose channels in this step.
         halted: request -> most pages of each layer by the halting rule, of those prompts that have one.
+        recalls: request -> attention recall of each layer by pages, of those prompts that have a guard.
         densities: request -> density of each layer added over all heads, of prompts whose layers share by it.
         windows: (request, layer) -> queries of the voters by position, [W, Hq, D].
         sums: (request, layer) -> attention each entry got from all queries so far, [H, n] float32.
@@ -73,6 +84,7 @@ class Compressor:
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.voters: dict[str, list[torch.Tensor]] = {}
         self.halted: dict[str, list[int]] = {}
+        self.recalls: dict[str, list[torch.Tensor]] = {}
         self.densities: dict[str, list[float]] = {}
         self._moves: list[Move] = []
 
@@ -97,6 +109,7 @@ class Compressor:
         self.kept.clear()
         self.voters.clear()
         self.halted.clear()
+        self.recalls.clear()
         self.densities.clear()
         self._moves.clear()
 
@@ -159,11 +172,13 @@ class Compressor:
                 inputs = self._inputs(prefill, layer, scale, query, key, kv_cache)
                 if prefill.destination is None:
                     continue
-                scores = prefill.recipe.method.score(**inputs)
+                scores = prefill.recipe.method.score(**{name: inputs[name] for name in prefill.recipe.method.needs})
                 if prefill.recipe.config.layer_budgets == DENSITY:
                     of_heads = density(inputs["queries"], inputs["keys"]).sum(dim=0, keepdim=True)
                     of_layer = float(tensor_model_parallel_all_reduce(of_heads))
                     self.densities.setdefault(prefill.request_id, []).append(of_layer)
+                if prefill.plan.planned_pages is not None:
+                    mass = attention_mass(inputs["queries"], inputs["keys"])
                 if prefill.recipe.config.value_norms:
                     scores = scores * self._value_norms(prefill, value, kv_cache)
             with self.stats.timed("select_us"):
@@ -175,6 +190,9 @@ class Compressor:
                 if prefill.recipe.config.halting_loss is not None:
                     pages = self._halt(prefill, scores, query[prefill.rows][-1] * scale, key, kv_cache)
                     self.halted.setdefault(prefill.request_id, []).append(pages)
+                if prefill.plan.planned_pages is not None:
+                    recall = recall_by_pages(scores, mass, prefill.plan.block_size)
+                    self.recalls.setdefault(prefill.request_id, []).append(recall)
                 if prefill.plan.is_ragged or prefill.plan.page_entries is not None:
                     self.scored.setdefault(prefill.request_id, []).append((prefill, scores))
                     continue
@@ -237,7 +255,11 @@ class Compressor:
             counts = torch.full((len(kept), self.pool.num_heads), plan.num_pages)
             held = HeadPages.share(plan.num_whole_blocks, counts, self.pool, prefill.destination)
         assert isinstance(held, HeadPages), "a codec excludes eviction"
-        sums, windows = ([of[rid, n] for n in range(len(kept)) if (rid, n) in of] for of in (self.sums, self.windows))
+        needs = prefill.recipe.method.needs
+        sums, windows = (
+            [of[rid, n] for n in range(len(kept))] if need in needs else []
+            for need, of in (("column_sums", self.sums), ("queries", self.windows))
+        )
         self.evictor.begin(prefill, held, kept, sums, windows)
 
     def _carry_out(self) -> None:
@@ -268,8 +290,10 @@ class Compressor:
                 by_block = pages_read(prefill, pool, plan.num_whole_blocks).by_block(plan.streaming.num_sink_pages)
                 gone = (by_block < 0).repeat_interleave(plan.block_size, dim=2)
                 scores = [of.masked_fill(layer, -float("inf")) for of, layer in zip(scores, gone, strict=True)]
-            densities, halted = self.densities.get(prefill.request_id, ()), self.halted.get(prefill.request_id)
-            of_all = shared_pages(prefill, scores, pool.num_heads, densities, halted)
+            densities, most = self.densities.get(prefill.request_id, ()), self.halted.get(prefill.request_id)
+            if prefill.request_id in self.recalls:
+                most = [self._guard(prefill)] * len(scores)
+            of_all = shared_pages(prefill, scores, pool.num_heads, densities, most)
             if blocks_for(of_all) < plan.num_pages:
                 self.stats.fewer_pages[prefill.request_id] = blocks_for(of_all)
             by_rank = of_all.chunk(plan.num_ranks, dim=1)
@@ -353,7 +377,7 @@ class Compressor:
         key: torch.Tensor,
         kv_cache: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """What the method's `score` takes, or nothing where the prompt goes on: what it will need is kept."""
+        """What the recipe needs of the layer, or nothing where the prompt goes on: what it will need is kept."""
         needs, ends = prefill.recipe.needs, prefill.destination is not None
         inputs = {}
         if "queries" in needs and not ends:
@@ -367,13 +391,13 @@ class Compressor:
         inputs["positions"] = self._positions(prefill)
         if "queries" in needs:
             window = self._window_queries(prefill, layer, query)
-            if prefill.plan.evicts:
+            if prefill.plan.evicts and "queries" in prefill.recipe.method.needs:
                 # A copy: a view would keep all rows of the step.
                 self.windows[prefill.request_id, layer] = window[-prefill.plan.num_later_voters :].clone()
             if prefill.recipe.config.drops_channels:
                 self.voters.setdefault(prefill.request_id, []).append(window)
             inputs["queries"] = window * scale
-        return {name: inputs[name] for name in prefill.recipe.method.needs}
+        return inputs
 
     def _keys(self, prefill: PrefillRows, key: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """Keys of all entries so far, [H, n, D]."""
@@ -399,6 +423,16 @@ class Compressor:
         loss = prefill.recipe.config.halting_loss
         assert loss is not None, "asked by the caller"
         return halting_pages(norms, loss, prefill.plan.least_pages)
+
+    def _guard(self, prefill: PrefillRows) -> int:
+        """Pages of each layer and head that the guard lets stay."""
+        plan, floor = prefill.plan, prefill.recipe.config.min_attention_recall
+        assert plan.planned_pages is not None and floor is not None, "asked by the caller"
+        recall = mean_recall(self.recalls[prefill.request_id], plan.num_pages)
+        pages = guarded_pages(recall, floor, plan.planned_pages)
+        kept = float(recall[plan.planned_pages - 1]), float(recall[pages - 1])
+        self.stats.recalls[prefill.request_id] = kept
+        return pages
 
     def _add_up(self, prefill: PrefillRows, layer: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Attention that the entries so far got from all queries so far, this step's among them, [H, n] float32."""

@@ -24,11 +24,19 @@ COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "vllm:fastkv_prompt_tokens_kept": (("method",), "Entries kept per layer and KV head of compressed prompts."),
     "vllm:fastkv_blocks_freed": (
         ("method",),
-        "Blocks given back to the pool at the end of prefill, or (halting rule) a step later.",
+        "Blocks given back to the pool at the end of prefill, or (halting rule, guard) a step later.",
     ),
     "vllm:fastkv_decode_blocks_freed": (
         ("method",),
         "Blocks given back while decoding, when as many entries had been dropped.",
+    ),
+    "vllm:fastkv_guard_triggers": (
+        ("method",),
+        "Prompts whose budget kept less attention than min_attention_recall, so that more stayed.",
+    ),
+    "vllm:fastkv_guard_shortfalls": (
+        ("method",),
+        "Of these, prompts for which max_retention_ratio was not enough either.",
     ),
     LEFT_ALONE: (("reason",), "Prompts not compressed."),
     "vllm:fastkv_tsp_rows_in": ((), "Rows that reached the first TSP layer."),

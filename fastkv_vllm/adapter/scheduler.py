@@ -60,7 +60,7 @@ class _CompressionMixin(Scheduler):
         self.manager: CompressingManager = managers[0]
         self.totals = CompressionStats()
         self._unreported = CompressionStats()
-        self._reports: dict[str, dict[str, str | int]] = {}  # request -> what was done for it
+        self._reports: dict[str, dict[str, str | int | float]] = {}  # request -> what was done for it
         self._next_integrity_check = 0.0
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -196,9 +196,15 @@ class _CompressionMixin(Scheduler):
             num_blocks = self.manager.settle(rid, destination, stats.surplus.get(rid, 0))
             plan = orders.plan.prefills[rid]
             kept = stats.fewer_pages.get(rid, plan.num_pages) * plan.block_size + plan.num_tail
-            if rid in self._reports:  # else it has ended meanwhile
-                self._reports[rid]["prompt_tokens_kept"] = kept
-            self._count_prompts(orders.configs[rid], PromptStats(prompt_tokens_kept=kept, blocks_freed=num_blocks))
+            report = self._reports.get(rid, {})  # else it has ended meanwhile
+            report["prompt_tokens_kept"] = kept
+            prompts = PromptStats(prompt_tokens_kept=kept, blocks_freed=num_blocks)
+            if rid in stats.recalls:
+                floor, (planned, recall) = orders.configs[rid].min_attention_recall, stats.recalls[rid]
+                assert floor is not None, "only then is there a guard"
+                prompts.guard_triggers, prompts.guard_shortfalls = int(planned < floor), int(recall < floor)
+                report["attention_recall"] = round(recall, 4)
+            self._count_prompts(orders.configs[rid], prompts)
             if num_blocks:
                 logger.debug("request %s: %d more blocks freed than its plan said", rid, num_blocks)
 

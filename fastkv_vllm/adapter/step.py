@@ -24,7 +24,8 @@ class WorkerStats:
     bytes of rows now held, microseconds spent scoring entries, selecting those that stay (and the rows that go on), and
     moving them; layer -> prompts whose rows were cut after it; request whose prompt ended -> leading blocks of its
     destination that its pages did not need on any rank; request whose prompt ended with fewer entries than planned ->
-    mean pages of a layer and head, rounded up.
+    mean pages of a layer and head, rounded up; request with a guard whose prompt ended -> attention recall of what its
+    budget asked for and of what stays.
     """
 
     tsp_rows_in: int = 0
@@ -37,6 +38,7 @@ class WorkerStats:
     cut_layers: dict[int, int] = field(default_factory=dict)
     surplus: dict[str, int] = field(default_factory=dict)
     fewer_pages: dict[str, int] = field(default_factory=dict)
+    recalls: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -48,13 +50,18 @@ class WorkerStats:
 
 @dataclass
 class PromptStats:
-    """Compressed prompts, their tokens, entries kept per layer and KV head, blocks given back then, and later."""
+    """Compressed prompts, their tokens, entries kept per layer and KV head, blocks given back then, and later.
+
+    Of those with a guard: the ones whose budget kept too little attention, and of these the ones whose ceiling did.
+    """
 
     requests_compressed: int = 0
     prompt_tokens_seen: int = 0
     prompt_tokens_kept: int = 0
     blocks_freed: int = 0
     decode_blocks_freed: int = 0
+    guard_triggers: int = 0
+    guard_shortfalls: int = 0
 
 
 @dataclass
@@ -76,7 +83,7 @@ class CompressionStats(PromptStats):
 
     def add_worker(self, stats: WorkerStats) -> None:
         for item in fields(WorkerStats):
-            if item.name not in ("stash_bytes", "cut_layers", "surplus", "fewer_pages"):
+            if item.name not in ("stash_bytes", "cut_layers", "surplus", "fewer_pages", "recalls"):
                 setattr(self.worker, item.name, getattr(self.worker, item.name) + getattr(stats, item.name))
         for layer, count in stats.cut_layers.items():
             self.worker.cut_layers[layer] = self.worker.cut_layers.get(layer, 0) + count

@@ -89,7 +89,7 @@ class PromptPlan:
         num_sink: first tokens that always stay.
         num_recent: last tokens that always stay, the window among them.
         is_ragged: layers and KV heads share the pages unevenly; num_pages is then the mean, and the most it can be
-            where a halting rule or what each layer sees may ask for less.
+            where a halting rule or what each layer sees may ask for less, or a guard for more than is planned.
         evicts: a block that is full after the prompt is chosen from together with the kept pages, and goes back.
         cut_from: earliest layer of the only cut, where the worker finds its layer and `cuts` has the latest. None: cuts
             come after the layers they name.
@@ -105,6 +105,7 @@ class PromptPlan:
             a layer reads its owner's entries as they are.
         pair_retained: share of the entries that may stay out of that.
         revives: rows left behind at a cut may come back while decoding: they are held until the request ends.
+        planned_pages: pages that the budget asks for, where a guard may let up to `num_pages` stay; None: no guard.
     """
 
     num_tokens: int
@@ -128,6 +129,7 @@ class PromptPlan:
     pair_entries: int | None = None
     pair_retained: float = 0.0
     revives: bool = False
+    planned_pages: int | None = None
 
     @property
     def has_stash(self) -> bool:
@@ -357,6 +359,7 @@ def plan_prompt(
     pair_entries: int | None = None,
     pair_retained: float = 0.0,
     revives: bool = False,
+    most_kept: int | None = None,
 ) -> PromptPlan | LeftAlone:
     """Round a budget to whole pages.
 
@@ -388,6 +391,8 @@ def plan_prompt(
         pair_entries: records of merged entries that a page has room for, where a layer and its owner are merged.
         pair_retained: share of the entries that may stay out of that.
         revives: see `PromptPlan`.
+        most_kept: budget that a guard may raise the other to, at least num_kept; not with layers_keep_rows. It decides
+            what is given back at first, and how many rows go on. None: no guard.
     """
     if num_tokens < min_tokens:
         return LeftAlone.SHORT
@@ -420,6 +425,10 @@ def plan_prompt(
     plan = replace(plan, num_pages=min(max(num_pages, plan.least_pages), plan.num_whole_blocks))
     if plan.num_freed_blocks <= 0:
         return LeftAlone.BUDGET_COVERS_PROMPT
+    if most_kept is not None:
+        most_pages = -(-most_kept // block_size) - -(-tail // block_size)
+        num_pages = min(max(most_pages, plan.num_pages), plan.num_whole_blocks)
+        plan = replace(plan, num_pages=num_pages, planned_pages=plan.num_pages)
     least = fewest if layers_keep_rows else plan.num_kept
     num_rows, effective = num_tokens, []
     for layer, wished in cuts:

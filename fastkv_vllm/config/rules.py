@@ -41,6 +41,7 @@ def complete(config: "CompressionConfig") -> None:
     _complete_encoding(config, cls)
     _complete_cuts(config, cls)
     _check_owners(config, cls)
+    _complete_guard(config, cls)
     _check_requests(config)
 
 
@@ -220,6 +221,43 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
         rule = "a layer's own number or that of the one before it: neighbours are merged, in pairs"
         check(all(owner >= layer - 1 for layer, owner in enumerate(owners)), "layer_owners", rule, config)
     object.__setattr__(config, "layer_owners", tuple(owners))
+
+
+def _complete_guard(config: "CompressionConfig", cls: type[Method]) -> None:
+    """The guard raises one number of pages, alike in all layers and heads, that nothing else may change."""
+    floor = config.min_attention_recall
+    if floor is None:
+        rule = "left out without min_attention_recall"
+        check(config.max_retention_ratio is None, "max_retention_ratio", rule, config)
+        return
+    check(is_number(floor) and 0 < floor < 1, "min_attention_recall", "in (0, 1)", config)
+    for unfit, reason in (
+        (cls.reads_again, "reads tokens again, whose entries all stay"),
+        (cls.layer_budgets in CUT_BUDGETS, "keeps in each layer what follows from its own cuts"),
+        (cls.shares_layers, "lets layers read the entries of others"),
+        (config.streams, "lets heads let go of entries before the last queries look at them"),
+    ):
+        check(not unfit, "min_attention_recall", f"left out: {config.method} {reason}", config)
+    for name, allowed in (
+        ("budget", None),
+        ("tsp_tokens", None),
+        ("layer_budgets", UNIFORM),
+        ("head_budgets", UNIFORM),
+        ("codec", NO_CODEC),
+        ("halting_loss", None),
+        ("layer_owners", None),
+        ("merge_layers", None),
+    ):
+        rule = f"{allowed or 'left out'} with min_attention_recall"
+        check(getattr(config, name) == allowed, name, rule, config)
+    rows = each(config.tsp_ratio)[-1] if config.tsp_ratio is not None else 1.0
+    fill_in(config, "max_retention_ratio", rows)
+    check(is_share(config.max_retention_ratio), "max_retention_ratio", "in (0, 1]", config)
+    low, high = config.retention_ratio, config.max_retention_ratio
+    assert low is not None and high is not None, "there is no budget in tokens"
+    check(low <= high, "max_retention_ratio", f"at least retention_ratio = {low:g}", config)
+    rule = f"at most tsp_ratio = {rows:g}: late layers cannot keep more than they see"
+    check(high <= rows, "max_retention_ratio", rule, config)
 
 
 def _complete_merging(config: "CompressionConfig", cls: type[Method]) -> None:

@@ -51,6 +51,10 @@ class CompressionConfig:
         head_floor: share of the even budget each head has of its own under "adaptive", [0, 1].
         halting_loss: share of the norm of the last query's attention that a layer may lose, (0, 1): it keeps no more
             pages than that takes, and the budget is a ceiling; None: the method's own, which may be no such rule.
+        min_attention_recall: least share of the last queries' attention, (0, 1), that what stays must have got, see
+            `methods.guard`; where the budget gives less, more pages stay. None: no guard.
+        max_retention_ratio: most that the guard lets stay, a share of the prompt like retention_ratio; None with a
+            guard: tsp_ratio where rows are cut, else 1.0.
         evict_while_decoding: whether a full block of entries after the prompt is chosen from together with what the
             prompt kept, and as many entries stay as before; None: the method's own. Without it they all stay.
         codec: how kept entries are stored, a name in `codecs.CODECS`; "none": in the model's dtype; None: the method's
@@ -101,6 +105,8 @@ class CompressionConfig:
     pyramid_beta: int = 20
     head_floor: float = 0.2
     halting_loss: float | None = None
+    min_attention_recall: float | None = None
+    max_retention_ratio: float | None = None
     evict_while_decoding: bool | None = None
     codec: str | None = None
     channel_ratio: float | None = None
@@ -371,6 +377,8 @@ class CompressionConfig:
                 rows = [0]  # raised to what stays
             cuts = list(zip(self.tsp_layers, rows, strict=True))
         owners = self.layer_owners if isinstance(self.layer_owners, tuple) else ()
+        late = self.halting_loss is not None or self.min_attention_recall is not None  # known when all layers have run
+        is_ragged = late or self.make_allocator().is_ragged or bool(owners)
         pair_entries = None
         if owners and self.merge_layers is not None:
             assert entry is not None, "records are of entries of some shape"
@@ -387,7 +395,7 @@ class CompressionConfig:
             num_recent=num_recent,
             reads_again=cls.reads_again and bool(cuts),
             cut_from=None if self.min_tsp_layer is None else self.min_tsp_layer + 1,
-            is_ragged=self.make_allocator().is_ragged or self.halting_loss is not None or bool(owners),
+            is_ragged=is_ragged,
             layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             evicts=self.evict_while_decoding,
             residual=self.residual_window or 0,
@@ -397,6 +405,7 @@ class CompressionConfig:
             pair_entries=pair_entries,
             pair_retained=self.merge_gamma or 0.0,
             revives=cls.revives,
+            most_kept=None if self.max_retention_ratio is None else int(num_tokens * self.max_retention_ratio),
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
             return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))

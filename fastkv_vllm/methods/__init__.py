@@ -18,6 +18,7 @@ from fastkv_vllm.methods.density import DENSITY, density
 from fastkv_vllm.methods.duoattention import DuoAttention
 from fastkv_vllm.methods.fastkv import FastKV
 from fastkv_vllm.methods.gemfilter import GemFilter
+from fastkv_vllm.methods.guard import attention_mass, guarded_pages, recall_by_pages
 from fastkv_vllm.methods.h2o import H2O
 from fastkv_vllm.methods.halting import halting_pages, kept_norms, last_attention
 from fastkv_vllm.methods.headkv import HeadKV
@@ -66,11 +67,14 @@ __all__ = [
     "StreamingLLM",
     "VLCache",
     "add_heads",
+    "attention_mass",
     "density",
+    "guarded_pages",
     "halting_pages",
     "kept_norms",
     "last_attention",
     "method_class",
     "method_names",
+    "recall_by_pages",
     "register",
 ]

@@ -65,6 +65,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         decay=config.decay,
         value_norms=config.value_norms,
         halting_loss=config.halting_loss,
+        min_recall=config.min_attention_recall,
+        num_planned=None if plan.planned_pages is None else plan.planned_pages * BLOCK_SIZE + plan.num_tail,
         period=BLOCK_SIZE if plan.evicts else None,
         num_recent=plan.num_recent,
         stream_period=None if plan.streaming is None else plan.streaming.period * BLOCK_SIZE,
@@ -185,11 +187,12 @@ def _generate(
 ) -> tuple[Generation, float]:
     """Generation, and the smallest relative distance between a chosen score and one that was not.
 
-    Or between a loss and the halting rule's limit, in shares of the norm.
+    Or between a loss and the halting rule's limit, in shares of the norm, or a recall and its floor.
     """
     gaps = [1.0]
     select, best_by_head = tests.reference.model.select_positions, tests.reference.budgets.best_by_head
     losses_by_count = tests.reference.budgets.losses_by_count
+    recalls_by_pages = tests.reference.budgets.recalls_by_pages
     relative_variance = tests.reference.selection.relative_variance
     channel_parts = tests.reference.codecs.channel_parts
     retained = tests.reference.merging.retained
@@ -227,6 +230,12 @@ def _generate(
         # Lengths are rounded up to whole pages: losses between two of them decide nothing.
         gaps.extend(abs(loss - drop.halting_loss) for loss in losses[drop.block_size :: drop.block_size])
         return losses
+
+    def recall_and_measure(drop: Drop, *layers: Any) -> list[float]:
+        recalls = recalls_by_pages(drop, *layers)
+        # Where noise swaps two entries of a head, the mean moves by less than one gets of the attention, a thousandth.
+        gaps.extend(abs(recall - drop.min_recall) / 10 for recall in recalls)
+        return recalls
 
     def wish_and_remember(*args: Any) -> list[float]:
         wishes.append(by_density(*args))
@@ -271,4 +280,5 @@ def _generate(
         patch.setattr(tests.reference.revival, "select_positions", select_and_measure)
         patch.setattr(tests.reference.budgets, "best_by_head", count_and_measure)
         patch.setattr(tests.reference.budgets, "losses_by_count", lose_and_measure)
+        patch.setattr(tests.reference.budgets, "recalls_by_pages", recall_and_measure)
         return _model(checkpoint).generate(prompt, max_tokens, drop, num_context), min(gaps)

@@ -92,5 +92,9 @@ def expected_counts(engine, asked, max_tokens):
             if plan.encodes
             else 0,
         }
+        if generation.recalls:
+            least, most = generation.recalls[0], generation.recalls[-1]
+            figures["guard_triggers"] = int(least < config.min_attention_recall)
+            figures["guard_shortfalls"] = int(most < config.min_attention_recall)
         expected.update({(config.method, name): count for name, count in figures.items()})
     return expected

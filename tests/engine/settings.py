@@ -92,6 +92,14 @@ MERGED = {
 }
 # Of a server with room for all of REQUESTS: the rows of three cuts of the longest prompt.
 SERVER = TSP | {"max_tsp_tokens": 3 * 2048}
+# Attention is nearly even with random weights: 0.6 of it takes some four tenths of the entries.
+GUARDED = {
+    "snapkv-guarded": ("snapkv", SMALL | {"min_attention_recall": 0.6}),
+    # The ceiling, half of the rows, is not enough.
+    "fastkv-guarded": ("fastkv", TSP | {"tsp_ratio": 0.5, "min_attention_recall": 0.9}),
+    "h2o-guarded": ("h2o", SMALL | {"min_attention_recall": 0.45, "max_retention_ratio": 0.7}),
+    "streamingllm-guarded": ("streamingllm", SMALL | {"min_attention_recall": 0.1, "max_retention_ratio": 0.7}),
+}
 # Name -> method and configuration of requests that are served together.
 REQUESTS = {
     "fastkv": ("fastkv", TSP),
@@ -120,5 +128,6 @@ REQUESTS = {
     "snapkv-exact": ("snapkv", SMALL | {"codec": "exact", "channel_ratio": 0.6, "residual_window": 32}),
     "merged-values": MERGED["merged-values"],
     "merged": MERGED["merged"],
+    **GUARDED,
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tests.reference.selection import Drop
+from tests.reference.selection import Drop, select_positions
 
 
 def hand_out(wanted: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
@@ -132,6 +132,36 @@ def losses_by_count(drop: Drop, scores: Tensor, positions: Tensor, attention: Te
         norms.append([n**0.5 for n in kept])
     means = [sum(column) / len(norms) for column in zip(*norms, strict=True)]
     return [(means[-1] - mean) / means[-1] for mean in means]
+
+
+def recalls_by_pages(
+    drop: Drop, scores: Sequence[Tensor], positions: Sequence[Tensor], attention: Sequence[Tensor]
+) -> list[float]:
+    """Share of the attention that kept entries got, from num_planned entries of each head on, a page more each time.
+
+    Up to num_kept entries; the mean over layers and KV heads. All float64.
+
+    Args:
+        drop: what stays.
+        scores, positions: see `kept_counts`.
+        attention: that each entry got from the voters in each layer, [H, n].
+    """
+    recalls = []
+    for count in range(drop.num_planned, drop.num_kept + 1, drop.block_size):
+        shares = []
+        for *layer, seen in zip(scores, attention, positions, strict=True):
+            for rating, votes in zip(*(of.tolist() for of in layer), strict=True):
+                given = dict(zip(seen.tolist(), votes, strict=True))
+                kept = select_positions(rating, seen.tolist(), count, drop)
+                shares.append(sum(given[p] for p in kept) / sum(votes))
+        recalls.append(sum(shares) / len(shares))
+    return recalls
+
+
+def guard(drop: Drop, recalls: Sequence[float]) -> int:
+    """Entries of each layer and head that stay: the fewest whose recall is enough, or all that may."""
+    enough = [number for number, recall in enumerate(recalls) if recall >= drop.min_recall]
+    return drop.num_planned + (enough[0] if enough else len(recalls) - 1) * drop.block_size
 
 
 def pyramid(drop: Drop, num_layers: int, num_tokens: int) -> list[float]:

@@ -41,6 +41,7 @@ class Generation:
     tsp_indices: after each cut the positions that went on, [rows] int64, ascending; empty without cuts.
     cut_layers: the layers of these cuts.
     num_revived: prompt rows that came back while decoding, counted once for each cut.
+    recalls: attention recall by pages, see `budgets.recalls_by_pages`; empty without a least recall.
     """
 
     tokens: list[int]
@@ -50,6 +51,7 @@ class Generation:
     tsp_indices: list[Tensor]
     cut_layers: list[int]
     num_revived: int = 0
+    recalls: Sequence[float] = ()
 
 
 @dataclass
@@ -112,7 +114,7 @@ class ReferenceModel:
     @torch.inference_mode()
     def logits(self, prompt: Sequence[int]) -> Tensor:
         """Logits of every prompt row with nothing dropped, [P, vocabulary]."""
-        hidden, _, _, _ = self._prefill(prompt, drop=None)
+        hidden, *_ = self._prefill(prompt, drop=None)
         return self._head(hidden)
 
     @torch.inference_mode()
@@ -130,11 +132,11 @@ class ReferenceModel:
         """
         num_context = len(prompt) if num_context is None else num_context
         waiting = Waiting(drop, [], []) if drop is not None and drop.revives else None
-        hidden, layers, kept, cuts = self._prefill(prompt[:num_context], drop, waiting)
+        hidden, layers, kept, cuts, recalls = self._prefill(prompt[:num_context], drop, waiting)
         shift = 0
         if drop is not None and drop.method == "gemfilter":
             (chosen,) = cuts.values()
-            hidden, layers, _, _ = self._prefill([prompt[p] for p in chosen], drop=None)
+            hidden, layers, *_ = self._prefill([prompt[p] for p in chosen], drop=None)
             kept = [[chosen] * self.num_kv_heads] * len(layers)
             shift = num_context - len(chosen)
 
@@ -154,19 +156,21 @@ class ReferenceModel:
             margins.append(float(best[0] - best[1]))
             if len(tokens) == max_tokens:
                 num_revived = 0 if waiting is None else waiting.num_revived
-                return Generation(tokens, logprobs, margins, kept, list(cuts.values()), list(cuts), num_revived)
+                indices = list(cuts.values())
+                return Generation(tokens, logprobs, margins, kept, indices, list(cuts), num_revived, recalls)
             hidden = read(tokens[-1], len(prompt) + len(tokens) - 1)
 
     def _prefill(
         self, prompt: Sequence[int], drop: Drop | None, waiting: Waiting | None = None
-    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], dict[int, Tensor]]:
-        """Run the prompt: the last layer's hidden rows, the layers after dropping, kept, cuts: layer -> tsp_indices.
+    ) -> tuple[Tensor, list[_Layer], list[list[Tensor]], dict[int, Tensor], list[float]]:
+        """Run the prompt; what may come back is left in `waiting`.
 
-        What may come back is left in `waiting`.
+        Returns: the last layer's hidden rows, the layers after dropping, kept, cuts: layer -> tsp_indices, recalls.
         """
         if drop is not None:
             drop.check_fits(len(prompt), len(self.layer_weights))
         layers, seen, rated, voters, attention, densities, cuts = [], [], [], [], [], [], {}
+        guarded, recalls = [], []
         visible, held = _stream(drop, len(prompt))
         positions = torch.arange(len(prompt))
         hidden = self._embed(prompt)
@@ -184,6 +188,8 @@ class ReferenceModel:
                     layers[-1].votes = list(votes)
                 rated.append(votes * value_norms(values)[:, : votes.shape[1]] if drop.value_norms else votes)
                 attention.append(last_query_attention(queries, keys))
+                if drop.min_recall is not None:
+                    guarded.append(voters_scores(queries.double(), keys.double(), drop.num_voters))
                 if drop.layer_budgets == "density":
                     of_heads = voters_density(queries, keys, drop.num_voters)
                     densities.append(sum(of_heads) / len(of_heads))
@@ -199,6 +205,9 @@ class ReferenceModel:
             counts = tests.reference.budgets.kept_counts(drop, rated, seen, len(prompt), densities)
             if drop.halting_loss is not None:
                 counts = tests.reference.budgets.halt(drop, counts, rated, seen, attention, len(prompt))
+            if drop.min_recall is not None:
+                recalls = tests.reference.budgets.recalls_by_pages(drop, rated, seen, guarded)
+                counts = [[tests.reference.budgets.guard(drop, recalls)] * len(row) for row in counts]
             for index, (layer, scores, rows, numbers) in enumerate(zip(layers, rated, seen, counts, strict=True)):
                 own = held.get(index, [rows] * len(numbers))
                 ratings = [head[entries] for head, entries in zip(scores, own, strict=True)] if held else scores
@@ -217,7 +226,7 @@ class ReferenceModel:
                 _merge(layers, kept, drop, len(prompt))
         if waiting is not None:
             waiting.held = [heads[0].tolist() for heads in kept]
-        return hidden, layers, kept, cuts
+        return hidden, layers, kept, cuts, recalls
 
     def _decode(self, layers: list[_Layer], token: int, position: int, drop: Drop | None) -> Tensor:
         """Run one token, append its entries to every cache, return its hidden row, [1, hidden_size].

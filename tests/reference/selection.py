@@ -41,6 +41,9 @@ class Drop:
     decay: weight of a row's votes relative to the next one's, where all vote.
     value_norms: scores are multiplied by the L1 norms of the values.
     halting_loss: a layer keeps no more pages than it needs to lose at most this share of the last query's norm.
+    min_recall: where set, heads keep the fewest whole pages, num_planned entries or more and num_kept at most, with
+        which they keep this share of the attention that the last num_voters queries pay, mean over layers and heads.
+    num_planned: entries per layer and KV head that stay at least, tail included; set with min_recall.
     period: after the prompt, whenever the text's length is a multiple of it, heads choose anew as many entries as they
         held in multiples of it when the prompt ended; None: what is generated stays.
     num_recent: last entries that always stay then, as far as there is room for the sinks and a choice beside them.
@@ -74,6 +77,8 @@ class Drop:
     decay: float | None = None
     value_norms: bool = False
     halting_loss: float | None = None
+    min_recall: float | None = None
+    num_planned: int | None = None
     period: int | None = None
     num_recent: int = 0
     stream_period: int | None = None

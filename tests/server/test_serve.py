@@ -142,6 +142,22 @@ def test_an_answer_says_what_was_done(compressing_server):
     }
 
 
+def test_a_request_is_guarded(compressing_server):
+    """A page is too little for its floor: more stays, the answer says how much of the attention that is."""
+    labels = {"method": "snapkv", "model_name": MODEL, "engine": "0"}
+
+    def count(name):
+        return sample_value(compressing_server.metrics(), f"vllm:fastkv_guard_{name}_total", **labels)
+
+    settings = {"kv_compression": "snapkv", "retention_ratio": 0.01, "min_attention_recall": 0.99}
+    before = count("triggers"), count("shortfalls")
+    reply = complete(compressing_server, LONG[0], extra_body={"vllm_xargs": settings})
+    assert reply.choices[0].text.strip() == LONG[0].answer
+    report = reply.kv_transfer_params["fastkv"]
+    assert report["attention_recall"] >= 0.99 and 2 * BLOCK_SIZE < report["prompt_tokens_kept"] <= 1024
+    assert (count("triggers"), count("shortfalls")) == (before[0] + 1, before[1])
+
+
 def test_a_client_that_goes_away_leaves_nothing(compressing_server):
     chunks = client_of(compressing_server).completions.create(
         model=MODEL, prompt=LONG[0].prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
