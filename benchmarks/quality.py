@@ -17,6 +17,7 @@ Ends with an error where a server's own counters do not say that each prompt was
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from fastkv_vllm.config import NO_CODEC, CompressionConfig
 from fastkv_vllm.methods import method_names
 
 CONCURRENCY = 4
+NO_GUARD = "none"
 NUM_DEPTHS = 10  # rows of a needle map
 QUICK = {"tasks": "niah,mk,mv", "lengths": "1024", "n": 24}
 
@@ -68,6 +70,7 @@ class Contender:
         more = ", measured" if "layer_shares" in self.config else ""
         more += f" {self.codec}" if self.codec else ""
         more += f", {self.config['channel_ratio']:g} of channels" if "channel_ratio" in self.config else ""
+        more += f", recall {self.config['min_attention_recall']:g}" if "min_attention_recall" in self.config else ""
         return f"{self.method} {self.retention_ratio:.2g}{more}"
 
     @property
@@ -98,10 +101,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; one that is not finished was cut off."""
+    """What came back; one that is not finished was cut off.
+
+    `kept` is the share of what was compressed that stayed, 1 where nothing was.
+    """
 
     text: str
     is_finished: bool
+    kept: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,17 @@ def ask(server: Server, prompts: Sequence[Prompt], contender: Contender) -> list
 
     def complete(prompt: Prompt) -> Answer:
         extra = {} if contender.is_plain else {"vllm_xargs": {"kv_context_tokens": prompt.num_compressed}}
-        choice = client.completions.create(
+        reply = client.completions.create(
             model=server.model,
             prompt=prompt.token_ids,
             temperature=0,
             max_tokens=prompt.question.max_new_tokens,
             extra_body=extra,
-        ).choices[0]
-        return Answer(choice.text, choice.finish_reason == "stop")
+        )
+        (choice,) = reply.choices
+        done = ((reply.model_extra or {}).get("kv_transfer_params") or {}).get("fastkv", {})
+        kept = done["prompt_tokens_kept"] / done["prompt_tokens_seen"] if "prompt_tokens_kept" in done else 1.0
+        return Answer(choice.text, choice.finish_reason == "stop", kept)
 
     with (
         openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=1800) as client,
@@ -215,6 +225,7 @@ def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[di
         row |= asdict(summarise([s.score for s in members]))
         row["ratio_to_plain"] = row["mean"] / plain_means[cell] if plain_means.get(cell) else None
         row["compressed"] = count_compressed(contender, [s.prompt.num_compressed for s in members])
+        row["kept"] = sum(s.answer.kept for s in members) / len(members)
         row["truncated"] = sum(s.prompt.is_truncated for s in members)
         if all("depth" in s.prompt.question.meta for s in members):
             row["by_depth"] = _by_depth(members)
@@ -245,6 +256,8 @@ def tables(report: dict[str, Any]) -> list[tuple[str, str]]:
                 text = "left alone"
             elif row["method"] != PLAIN and row["ratio_to_plain"] is not None:
                 text += f" x{row['ratio_to_plain']:.2f}"
+            if "min_attention_recall" in row["config"]:
+                text += f", {row['kept']:.2f} stay"
             lines.setdefault(Contender(row["method"], row["config"]).name, {})[_cell_of(row)] = text
         body = [[name, *(line.get(cell, "") for cell in cells)] for name, line in lines.items()]
         made.append((protocol, format_table([f"protocol {protocol}", *map(str, cells)], body)))
@@ -320,7 +333,7 @@ def main() -> None:
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
-    """Plain vLLM once, each method at each ratio with each codec, measured shares at their own."""
+    """Plain vLLM once, each method at each ratio with each codec and guard, measured shares at their own."""
     made = []
     entry = SMALL_MODEL if args.model is None else entry_of(args.model)
     for method in args.methods.split(","):
@@ -332,8 +345,14 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
             made.append(Contender(method, settings, entry))
             continue
         codecs = [{} if codec == NO_CODEC else {"codec": codec} for codec in args.codecs.split(",")]
+        guards = [
+            {} if floor == NO_GUARD else {"min_attention_recall": float(floor)} for floor in args.recalls.split(",")
+        ]
         ratios = [{"retention_ratio": float(ratio)} for ratio in args.ratios.split(",")]
-        made += [Contender(method, {**settings, **ratio, **codec}, entry) for codec in codecs for ratio in ratios]
+        made += [
+            Contender(method, {**settings, **ratio, **guard, **codec}, entry)
+            for codec, guard, ratio in itertools.product(codecs, guards, ratios)
+        ]
     return made
 
 
@@ -353,6 +372,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join([PLAIN, *method_names()]), help="comma-separated")
     parser.add_argument("--ratios", default="0.1", help="retention ratios, comma-separated")
     parser.add_argument("--codecs", default=NO_CODEC, help="how what stays is stored, comma-separated")
+    parser.add_argument("--recalls", default=NO_GUARD, help="floors of the guard, comma-separated; none: without it")
     parser.add_argument(
         "--config", type=json.loads, default={}, help='more settings: \'{"fastkv": {"tsp_layer": 15}}\''
     )

@@ -1,5 +1,7 @@
 """The quality harness counts wrong answers wrong and notices a server that did not compress."""
 
+import re
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from benchmarks.quality import (
     Cell,
     Contender,
     Scored,
+    contenders,
     make_rows,
     merge_rows,
     require_compressed,
@@ -195,6 +198,21 @@ def test_a_cell_that_was_left_alone_shows_no_score():
     ((_, table),) = tables({"rows": rows})
     assert table.splitlines()[-1].split("|")[2].strip() == "left alone"
     assert "1.00" in table.splitlines()[-2]
+
+
+def test_a_guard_has_a_row_of_its_own_that_says_what_stays():
+    """What stays follows from the prompts, so the ratio in the row's name does not tell it."""
+    args = Namespace(methods="snapkv", codecs="none", recalls="none,0.9", ratios="0.05", config={}, model=None)
+    bare, guarded = contenders(args)
+    cell = Cell("mk", "1024", "question", "1")
+    rows = [
+        row
+        for contender, kept in ((bare, (0.05, 0.05)), (guarded, (0.3, 0.6)))
+        for row in make_rows(contender, [Scored(cell, prompt(), Answer("", True, share), 1.0) for share in kept], [])
+    ]
+    ((_, table),) = tables({"rows": rows})
+    assert re.search(r"^\| snapkv 0.05 +\| +1.00 \[\S+ \S+\] \|$", table, flags=re.MULTILINE)
+    assert re.search(r"^\| snapkv 0.05, recall 0.9 +\| +1.00 \[\S+ \S+\], 0.45 stay \|$", table, flags=re.MULTILINE)
 
 
 def test_depth_is_where_the_needle_lies():
