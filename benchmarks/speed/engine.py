@@ -35,6 +35,8 @@ class Outcome:
         pool_bytes: bytes of the cache.
         is_declared: whether the attention backend lists the cache's type among those it supports.
         num_right: right answers to questions; None: random tokens were sent.
+        later_cpu_s: CPU seconds of all turns after the first.
+        later_cached: share of their prompts found in the prefix cache; None: there were none.
     """
 
     cpu_s: float
@@ -56,6 +58,8 @@ class Outcome:
     pool_bytes: int
     is_declared: bool
     num_right: int | None
+    later_cpu_s: float
+    later_cached: float | None
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     rng = random.Random(0)
     shared = _random_prompt(rng, load.shared_tokens)
     own_tokens = load.prompt_tokens - load.shared_tokens
+    more_tokens = (load.turns - 1) * load.turn_tokens
     try:
         llm = _start(task["model"], setup, load)
         warm_up = follow(llm, [shared + _random_prompt(rng, min(own_tokens, WARM_UP_TOKENS))], WARM_UP_OUTPUT)
@@ -83,16 +88,19 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         raise
     examples = _questions(load)
     prompts = [e.prompt_ids for e in examples] or [
-        shared + _random_prompt(rng, own_tokens) for _ in range(load.num_requests)
+        shared + _random_prompt(rng, own_tokens + more_tokens) for _ in range(load.num_requests)
     ]
     before = _worker_s(llm, setup)
-    followed = follow(llm, prompts, load.output_tokens)
+    turns = [
+        follow(llm, [prompt[: len(prompt) - left * load.turn_tokens] for prompt in prompts], load.output_tokens)
+        for left in reversed(range(load.turns))
+    ]
     after = _worker_s(llm, setup)
-    num_preemptions = warm_up.num_preemptions + followed.num_preemptions
-    require_done(setup, _counters(llm), num_prompts=len(prompts) + 1, num_preemptions=num_preemptions)
+    num_preemptions = sum(followed.num_preemptions for followed in (warm_up, *turns))
+    require_done(setup, _counters(llm), num_prompts=len(prompts) * load.turns + 1, num_preemptions=num_preemptions)
     worker_s = [end - start for start, end in zip(before, after, strict=True)]
-    outcome = _outcome(llm, followed, examples, worker_s)
-    _require_rules(setup, outcome, followed)
+    outcome = _outcome(llm, turns, load, examples, worker_s)
+    _require_rules(setup, outcome, turns)
     return asdict(outcome)
 
 
@@ -105,7 +113,7 @@ def _start(model: str, setup: Setup, load: Load) -> LLM:
         skip_tokenizer_init=True,
         enforce_eager=True,
         block_size=BLOCK_SIZE,
-        max_model_len=load.prompt_tokens + load.output_tokens,
+        max_model_len=load.most_tokens,
         max_num_batched_tokens=load.step_tokens,
         max_num_seqs=load.num_requests,
         num_gpu_blocks_override=load.blocks_of(setup),
@@ -144,7 +152,11 @@ def _worker_s(llm: LLM, setup: Setup) -> tuple[float, float, float]:
     return worker.score_us / 1e6, worker.select_us / 1e6, worker.compact_us / 1e6
 
 
-def _outcome(llm: LLM, followed: Followed, examples: list[Example], worker_s: Sequence[float]) -> Outcome:
+def _outcome(
+    llm: LLM, turns: Sequence[Followed], load: Load, examples: list[Example], worker_s: Sequence[float]
+) -> Outcome:
+    followed, later = turns[0], turns[1:]
+    later_tokens = sum(load.prompt_tokens + (i + 1) * load.turn_tokens for i in range(len(later))) * load.num_requests
     assert followed.first_token is not None, "a run makes at least one token"
     cpu_s, wall_s, blocks_before, blocks_after = followed.first_token
     score_s, select_s, compact_s = worker_s
@@ -166,11 +178,13 @@ def _outcome(llm: LLM, followed: Followed, examples: list[Example], worker_s: Se
         blocks_before=blocks_before,
         blocks_after=blocks_after,
         peak_running=followed.peak_running,
-        num_preemptions=followed.num_preemptions,
+        num_preemptions=sum(turn.num_preemptions for turn in turns),
         entry_bytes=runner.kv_caches[0].element_size(),
         pool_bytes=sum(cache.nbytes for cache in runner.kv_caches),
         is_declared=backend.supports_kv_cache_dtype(core.vllm_config.cache_config.cache_dtype),
         num_right=_num_right(followed, examples) if examples else None,
+        later_cpu_s=sum(turn.cpu_s for turn in later),
+        later_cached=sum(turn.cached_tokens for turn in later) / later_tokens if later else None,
     )
 
 
@@ -181,9 +195,10 @@ def _num_right(followed: Followed, examples: list[Example]) -> int:
     return sum(text == example.answer for text, example in zip(texts, examples, strict=True))
 
 
-def _require_rules(setup: Setup, outcome: Outcome, followed: Followed) -> None:
-    if followed.blocks_left:
-        raise RuntimeError(f"{setup.name}: {followed.blocks_left} blocks did not come back")
+def _require_rules(setup: Setup, outcome: Outcome, turns: Sequence[Followed]) -> None:
+    blocks_left = sum(turn.blocks_left for turn in turns)
+    if blocks_left:
+        raise RuntimeError(f"{setup.name}: {blocks_left} blocks did not come back")
     if setup.entry_bytes not in (None, outcome.entry_bytes):
         raise RuntimeError(f"{setup.name}: a number takes {outcome.entry_bytes} bytes, not {setup.entry_bytes}")
     if outcome.cpu_s > 1.05 * outcome.wall_s + CPU_SLACK_S:

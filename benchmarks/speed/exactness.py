@@ -12,6 +12,8 @@ TESTS = (
     "tests/engine/test_kept.py",
     "tests/engine/test_ragged.py",
     "tests/engine/test_settings.py",
+    "tests/engine/test_codecs.py",
+    "tests/engine/test_sharing.py",
 )
 QUICK_TESTS = "test_prompts_one_by_one_in_one_chunk or (test_kept_entries and whole) or test_pages"
 TAIL_LINES = 40

@@ -21,6 +21,7 @@ class Followed:
         peak_running: most requests in one step.
         peak_blocks: most blocks held at a time until the first token, looked at after each allocation.
         blocks_left: blocks that did not come back.
+        cached_tokens: prompt tokens found in the prefix cache.
         answers: token ids by request.
     """
 
@@ -33,6 +34,7 @@ class Followed:
     peak_running: int = 0
     peak_blocks: int = 0
     blocks_left: int = 0
+    cached_tokens: int = 0
     answers: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,9 @@ def follow(llm: LLM, prompts: list[list[int]], output_tokens: int) -> Followed:
                 followed.first_token = (end - cpu, time.perf_counter() - wall, held, watch.held())
             if watch.scheduled and max(watch.scheduled) == 1:
                 followed.decodes.append((len(watch.scheduled), end - start))
-            followed.answers |= {o.request_id: list(o.outputs[0].token_ids) for o in outputs if o.finished}
+            finished = [output for output in outputs if output.finished]
+            followed.answers |= {output.request_id: list(output.outputs[0].token_ids) for output in finished}
+            followed.cached_tokens += sum(output.num_cached_tokens or 0 for output in finished)
         followed.cpu_s, followed.wall_s = time.process_time() - cpu, time.perf_counter() - wall
         followed.blocks_left = watch.held()
     return followed

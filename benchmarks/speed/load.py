@@ -22,6 +22,7 @@ class Setup:
         engine: more engine arguments. A setup with some and without a method is a rival: what vLLM has itself.
         entry_bytes: bytes of one number in the cache, for engines to be held to; None: whatever it takes.
         environment: more variables of its process.
+        leaves_alone: its method must leave all prompts alone.
     """
 
     name: str
@@ -30,11 +31,12 @@ class Setup:
     engine: dict[str, Any] = field(default_factory=dict)
     entry_bytes: int | None = 2
     environment: dict[str, str] = field(default_factory=dict)
+    leaves_alone: bool = False
 
     @property
     def compresses(self) -> bool:
-        """Whether prompts must come out compressed; with a method and False they must be left alone."""
-        return self.method is not None and self.config["retention_ratio"] < 1
+        """Whether prompts must come out compressed."""
+        return self.method is not None and not self.leaves_alone
 
     @property
     def propagates(self) -> bool:
@@ -56,7 +58,7 @@ CUTS = Setup(
     "fastkv",
     {"retention_ratio": 0.1, "tsp_layer": [3, 7, 11], "tsp_ratio": [0.5, 0.25, 0.125]},
 )
-RETAINING = Setup("retention 1.0", "snapkv", {"retention_ratio": 1.0})
+RETAINING = Setup("retention 1.0", "snapkv", {"retention_ratio": 1.0}, leaves_alone=True)
 CACHED = Setup("plain, prefix caching", engine={"enable_prefix_caching": True})
 CACHED_SNAPKV = Setup("snapkv, prefix caching", "snapkv", {"retention_ratio": 0.1}, {"enable_prefix_caching": True})
 ADAKV = Setup("adakv", "adakv", {"retention_ratio": 0.1})
@@ -70,11 +72,16 @@ STREAMING = Setup("duoattention", "duoattention", {"retention_ratio": 0.5, "head
 # Those not named above, at their own default where a tenth is not what they are made for.
 OTHERS = (
     *(Setup(name, name, {"retention_ratio": 0.1}) for name in ("streamingllm", "tova", "vatp", "h2o", "a2sf")),
+    Setup("asl", "asl", {"retention_ratio": 0.1}),
+    Setup("gemfilter", "gemfilter", {"retention_ratio": 0.1, "tsp_layer": 7}),
+    Setup("vl_cache", "vl_cache", {"retention_ratio": 0.1}),
     Setup("headkv", "headkv", {"retention_ratio": 0.1, "head_weights": _WEIGHTS}),
     STREAMING,
     Setup("dbudgetkv", "dbudgetkv", {"retention_ratio": 0.9}),
     Setup("pyramidinfer", "pyramidinfer", {"retention_ratio": 0.6}),
     Setup("lazyllm", "lazyllm", {"retention_ratio": 0.5}),
+    Setup("kivi", "kivi"),
+    Setup("kvsharer", "kvsharer", {"layer_owners": [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15]}),
 )
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 
@@ -90,8 +97,12 @@ class Load:
         num_blocks: blocks of the pool, null block included, where a number takes 2 bytes; a setup whose numbers take
             one gets twice as many: all have the same bytes. None: as many as fit into 1 GiB.
         concurrency: most requests under way at a time; only a server's load has it.
+        goodput_ms: longest time to the first token, and per token after it, of a request that counts as served well;
+            only a server's load has it.
         task: a task of the tiny model's language, asked instead of random tokens.
         shared_tokens: leading tokens that all prompts share with the one that warms up.
+        turns: how often each request comes, each time with more tokens behind its prompt.
+        turn_tokens: how many more.
     """
 
     num_requests: int
@@ -100,8 +111,16 @@ class Load:
     step_tokens: int = STEP_TOKENS
     num_blocks: int | None = None
     concurrency: int | None = None
+    goodput_ms: tuple[int, int] | None = None
     task: str | None = None
     shared_tokens: int = 0
+    turns: int = 1
+    turn_tokens: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a request when it comes for the last time."""
+        return self.prompt_tokens + (self.turns - 1) * self.turn_tokens + self.output_tokens
 
     def blocks_of(self, setup: Setup) -> int | None:
         """Blocks of the pool for a setup."""

@@ -1,7 +1,7 @@
 """The questions, and the loads and configurations that answer them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +30,8 @@ from benchmarks.speed.serving import measure_server
 
 SHAPE = LlamaShape(max_position_embeddings=65536)
 METHODS = (PLAIN, SNAPKV, FASTKV)
+# Of the load on a server: between what plain vLLM gives to two requests at a time and to twelve.
+SERVED_WELL_MS = (10_000, 150)
 QUICK_DTYPES = ("fp8", "int8_per_token_head")
 
 
@@ -100,6 +102,15 @@ def _prefix(quick: bool) -> dict[str, Case]:
     return {"prefix": Case(label, load, (PLAIN, CACHED, CACHED_SNAPKV, FASTKV))}
 
 
+def _turns(quick: bool) -> dict[str, Case]:
+    if quick:
+        load, pools = Load(3, 512, 8, 512, turns=2, turn_tokens=64), (80, 40)
+    else:
+        load, pools = Load(6, 2048, 32, turns=3, turn_tokens=256), (600, 300, 150)
+    setups = (PLAIN, CACHED, CACHED_SNAPKV)
+    return {f"turns-{n}": Case(f"{n} blocks", replace(load, num_blocks=n), setups, rounds=1) for n in pools}
+
+
 def _pool(quick: bool) -> dict[str, Case]:
     load = Load(4, 1024, 32, 512, num_blocks=80) if quick else Load(12, 2048, 384, num_blocks=250)
     return {"pool": Case(_shape_of(load), load, (*METHODS, FP8))}
@@ -135,11 +146,14 @@ def _tpot(quick: bool) -> dict[str, Case]:
 
 
 def _load(quick: bool) -> dict[str, Case]:
-    counts = (4,) if quick else (2, 12)
+    counts = (4,) if quick else (1, 2, 4, 8, 12)
     requests, prompt, output, blocks = (4, 1024, 32, 80) if quick else (12, 2048, 128, 250)
     return {
         f"load-{n}": Case(
-            f"{n} at a time", Load(requests, prompt, output, num_blocks=blocks, concurrency=n), (*METHODS, FP8)
+            f"{n} at a time",
+            Load(requests, prompt, output, num_blocks=blocks, concurrency=n, goodput_ms=SERVED_WELL_MS),
+            (*METHODS, FP8),
+            rounds=1,
         )
         for n in counts
     }
@@ -183,6 +197,13 @@ SCENARIOS = {
         _prefix,
         ("first_token_cpu_s", "first_token_wall_s", "blocks_before", "blocks_after"),
         ("first_token_cpu_s", "first_token_cpu_s ratio", "blocks_before", "blocks_after"),
+        measure_engine,
+    ),
+    "turns": Scenario(
+        "Later turns of conversations by blocks of the pool",
+        _turns,
+        ("later_cpu_s", "later_cached", "num_preemptions"),
+        ("later_cpu_s", "later_cpu_s ratio", "later_cached", "num_preemptions"),
         measure_engine,
     ),
     "pool": Scenario(
@@ -234,10 +255,25 @@ SCENARIOS = {
     "load": Scenario(
         "A server under load, a pool of fixed bytes",
         _load,
-        (*_LATENCIES, "request_throughput", "token_throughput", "server_cpu_s", "worker_cpu_s", "num_preemptions"),
+        (
+            *_LATENCIES,
+            "request_throughput",
+            "request_goodput",
+            "token_throughput",
+            "server_cpu_s",
+            "worker_cpu_s",
+            "num_preemptions",
+        ),
         (
             *("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms"),
-            *("token_throughput", "token_throughput ratio", "server_cpu_s", "worker_cpu_s", "worker_cpu_s ratio"),
+            *(
+                "request_goodput",
+                "token_throughput",
+                "token_throughput ratio",
+                "server_cpu_s",
+                "worker_cpu_s",
+                "worker_cpu_s ratio",
+            ),
         ),
         measure_server,
     ),

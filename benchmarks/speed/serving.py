@@ -29,9 +29,10 @@ def measure_server(model: Path, setup: Setup, load: Load) -> dict[str, Any]:
     """Start a server, warm it up, send it the load and ask it whether it did what its setup says.
 
     Returns:
-        `METRICS` of `vllm bench serve`; CPU seconds while it ran of all the server's processes (`server_cpu_s`: the
-        engine's core polls while a step runs) and of the one that computes (`worker_cpu_s`); `num_preemptions`. For a
-        rival the server does not start with, its last line, as `refused`.
+        `METRICS` of `vllm bench serve`, and `request_goodput` where the load has a limit; CPU seconds while it ran of
+        all the server's processes (`server_cpu_s`: the engine's core polls while a step runs) and of the one that
+        computes (`worker_cpu_s`); `num_preemptions`. For a rival the server does not start with, its last line, as
+        `refused`.
 
     Raises:
         RuntimeError: requests failed, or the server did something else.
@@ -68,7 +69,8 @@ def _measure(server: Server, model: Path, setup: Setup, load: Load) -> dict[str,
     num_preemptions = int(sample_value(metrics, "vllm:num_preemptions_total"))
     counters = _counters(metrics)
     require_done(setup, counters, num_prompts=load.num_requests + 1, num_preemptions=num_preemptions)
-    return {name: result[name] for name in METRICS} | cpu_s | {"num_preemptions": num_preemptions}
+    names = METRICS if load.goodput_ms is None else (*METRICS, "request_goodput")
+    return {name: result[name] for name in names} | cpu_s | {"num_preemptions": num_preemptions}
 
 
 def _cpu_figures(server: Server) -> dict[str, float]:
@@ -118,7 +120,7 @@ def _bench(server: Server, model: Path, load: Load) -> dict[str, Any]:
         words = [str(word) for pair in flags.items() for word in pair]
         vllm = str(Path(sys.executable).with_name("vllm"))
         done = subprocess.run(
-            [vllm, "bench", "serve", *words, "--ignore-eos", "--save-result", "--disable-tqdm"],
+            [vllm, "bench", "serve", *words, *_goodput(load), "--ignore-eos", "--save-result", "--disable-tqdm"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **CHILD_ENVIRONMENT},
@@ -128,3 +130,10 @@ def _bench(server: Server, model: Path, load: Load) -> dict[str, Any]:
             tail = "\n".join(done.stdout.splitlines()[-15:])
             raise RuntimeError(f"vllm bench serve failed with exit status {done.returncode}:\n{tail}")
         return json.loads(Path(directory, "result.json").read_text())
+
+
+def _goodput(load: Load) -> list[str]:
+    if load.goodput_ms is None:
+        return []
+    ttft, tpot = load.goodput_ms
+    return ["--goodput", f"ttft:{ttft}", f"tpot:{tpot}"]

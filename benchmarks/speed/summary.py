@@ -77,11 +77,14 @@ FIGURES = {
     **_of_latency("tpot"),
     **_of_latency("itl"),
     "request_throughput": Figure("requests/s", _field("request_throughput"), "higher"),
+    "request_goodput": Figure("served well/s", _field("request_goodput"), "higher", "{:.3f}".format),
     "token_throughput": Figure("tokens/s", _field("total_token_throughput"), "higher", "{:.0f}".format),
     "server_cpu_s": Figure("server CPU s", _field("server_cpu_s"), "lower", "{:.1f}".format),
     "worker_cpu_s": Figure("worker CPU s", _field("worker_cpu_s"), "lower", "{:.1f}".format),
     "entry_bytes": Figure("bytes a number", _field("entry_bytes"), form="{:.0f}".format),
     "is_declared": Figure("backend lists it", _field("is_declared"), form=lambda value: "yes" if value else "no"),
+    "later_cpu_s": Figure("later turns, CPU s", _field("later_cpu_s"), "lower"),
+    "later_cached": Figure("of it in the cache", _field("later_cached"), form="{:.0%}".format),
     "num_right": Figure("right answers", _field("num_right"), "higher", "{:.0f}".format),
 }
 
