@@ -7,6 +7,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAtte
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -101,9 +102,11 @@ def test_compression_is_seen_in_the_block_counts(plain_runs, start):
 
 def test_plain_vllm_after_compression_is_untouched(plain_runs, start):
     start("fastkv", TSP).check(MIXED[:2], max_tokens=4)
-    assert "__fastkv_original__" in vars(vars(Platform)["validate_request"].__func__)
+    checks = [vars(Platform)["validate_request"].__func__, AsyncLLM.generate]
+    assert all("__fastkv_original__" in vars(check) for check in checks)
     engine = start()
     assert runs_of(engine) == plain_runs
     assert classes_of(engine) == VLLM_CLASSES
-    assert "__fastkv_original__" not in vars(vars(Platform)["validate_request"].__func__)
+    checks = [vars(Platform)["validate_request"].__func__, AsyncLLM.generate]
+    assert not any("__fastkv_original__" in vars(check) for check in checks)
     engine.generate(MIXED[2:3], 4, prompt_logprobs=0)

@@ -38,18 +38,27 @@ XARGS = st.fixed_dictionaries(
 )
 BODIES = st.fixed_dictionaries(
     {"vllm_xargs": st.builds(lambda own, flat: own | flat, XARGS, SETTING_SETS) | ANY_JSON},
-    optional={"kv_transfer_params": ANY_JSON, "n": st.sampled_from([1, 2, -1, "x"]), "prompt_logprobs": NUMBERS},
+    optional={
+        "kv_transfer_params": ANY_JSON,
+        "n": st.sampled_from([1, 2, -1, "x"]),
+        "prompt_logprobs": NUMBERS,
+        "stream": st.booleans(),
+    },
 )
 
 
 def post(server, path, body):
-    """Status and body of an answer."""
+    """Status and body of an answer; of a stream the list of its events."""
     request = urllib.request.Request(
         f"{server.base_url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            return response.status, json.load(response)
+            if not response.headers["Content-Type"].startswith("text/event-stream"):
+                return response.status, json.load(response)
+            events = [line.removeprefix(b"data: ") for line in response.read().splitlines() if line]
+            assert events[-1] == b"[DONE]", events[-1]
+            return response.status, [json.loads(event) for event in events[:-1]]
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
@@ -74,6 +83,8 @@ def test_nonsense_is_refused_and_changes_nothing(compressing_server):
         assert status == 200 or 400 <= status < 500, (status, reply)
         if status != 200:
             assert reply["error"]["message"].strip(), reply
+        elif isinstance(reply, list):
+            assert not any("error" in event for event in reply), reply
 
     ask()
     assert {200, 400} <= seen
@@ -81,3 +92,14 @@ def test_nonsense_is_refused_and_changes_nothing(compressing_server):
     samples = compressing_server.metrics()
     for name in ("vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"):
         assert sample_value(samples, name) == 0, name
+
+
+def test_a_stream_is_refused_before_it_begins(compressing_server):
+    """Not with status 200 and an error among its events."""
+    body = {"model": MODEL, "prompt": LONG.prompt, "max_tokens": 2, "stream": True}
+    status, events = post(compressing_server, "/v1/completions", body | {"vllm_xargs": {METHOD: "snapkv"}})
+    assert status == 200
+    assert len(events) == 2
+    status, reply = post(compressing_server, "/v1/completions", body | {"vllm_xargs": {METHOD: "best"}})
+    assert status == 400
+    assert "best" in reply["error"]["message"]

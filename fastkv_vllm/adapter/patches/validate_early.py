@@ -1,0 +1,46 @@
+"""`AsyncLLM.generate`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from fastkv_vllm.adapter.choice import Choice
+from fastkv_vllm.adapter.patches.base import Patch
+
+_choices: list[Choice] = []  # of the engine configured last in this process, at most one
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            _choices[0].require_servable(prompt, sampling_params)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    return generate
+
+
+PATCH = Patch(
+    owner=AsyncLLM,
+    name="generate",
+    parameters=("self", "prompt", "sampling_params"),
+    wrap=_wrap,
+    reason=(
+        "A streamed request that cannot be served gets status 200 and an error as its first event, as a generator "
+        "runs nothing until it is read: it is checked when the generator is made, so that it gets status 400 like "
+        "any other. Goes when vLLM validates requests before it answers."
+    ),
+)
+
+
+def install(choice: Choice) -> None:
+    """Put the checks of this server in place of any others of ours."""
+    uninstall()
+    _choices.append(choice)
+    PATCH.install()
+
+
+def uninstall() -> None:
+    """Take our checks away."""
+    PATCH.uninstall()
+    _choices.clear()
