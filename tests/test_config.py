@@ -476,6 +476,10 @@ def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:
 def test_an_entry_without_some_channels_of_its_key() -> None:
     """By hand: 40 of 64 channels and the value are 208 of 256 bytes, so that a page of 32 holds 39."""
     assert CompressionConfig("snapkv", codec="int4").channel_ratio == 1.0
+    think = CompressionConfig("think")
+    assert (think.codec, think.channel_ratio, think.residual_window) == ("exact", 0.6, 32)
+    assert think.page_entries(32, ENTRY) == 39
+    assert CompressionConfig("think", codec="none").channel_ratio is None
     for codec, num_entries in (("exact", 39), ("kivi2", 192), ("int8", 8192 // (44 + 68))):
         config = CompressionConfig("snapkv", codec=codec, channel_ratio=0.6)
         assert config.page_entries(32, ENTRY) == num_entries

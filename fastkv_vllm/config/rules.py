@@ -142,7 +142,7 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     check(not (cls.streams or cls.reads_again), "codec", rule, config)
     rule = f"{NO_CODEC!r}: in {config.method} rows come back into the places of entries, while it decodes"
     check(not cls.revives, "codec", rule, config)
-    fill_in(config, "channel_ratio", 1.0)
+    fill_in(config, "channel_ratio", cls.default_channel_ratio)
     check(is_share(config.channel_ratio), "channel_ratio", "in (0, 1]", config)
     fill_in(config, "residual_window", max(config.window_size, cls.default_residual_window))
     low, value, high = config.window_size, config.residual_window, config.min_tokens

@@ -60,7 +60,8 @@ class CompressionConfig:
         codec: how kept entries are stored, a name in `codecs.CODECS`; "none": in the model's dtype; None: the method's
             own, mostly none.
         channel_ratio: share of the channels of its keys that a KV head stores with a codec, those with the largest part
-            in the logits of the last `window_size` queries, (0, 1]; rounded up to a multiple of 8; None: all.
+            in the logits of the last `window_size` queries, (0, 1]; rounded up to a multiple of 8; None: the method's
+            own, mostly all.
         residual_window: last tokens that a codec leaves in the model's dtype; None: the method's own, the window at
             least.
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual

@@ -31,6 +31,7 @@ from fastkv_vllm.methods.registry import method_class, method_names, register
 from fastkv_vllm.methods.settling import OBSERVED, RankWatch
 from fastkv_vllm.methods.snapkv import SnapKV
 from fastkv_vllm.methods.streamingllm import StreamingLLM
+from fastkv_vllm.methods.think import ThinK
 from fastkv_vllm.methods.tova import TOVA
 from fastkv_vllm.methods.vatp import VATP
 from fastkv_vllm.methods.vl_cache import VLCache
@@ -65,6 +66,7 @@ __all__ = [
     "RankWatch",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "VLCache",
     "add_heads",
     "attention_mass",

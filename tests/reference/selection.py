@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW_METHODS = ("fastkv", "asl", "snapkv", "pyramidkv", "adakv", "vatp", "headkv")
+_WINDOW_METHODS = ("fastkv", "asl", "snapkv", "pyramidkv", "adakv", "vatp", "headkv", "think")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
 _NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv", "kivi", "kvsharer")
 _VOTERS = ("vl_cache",)
