@@ -24,6 +24,7 @@ HEAD_SETTINGS = {
     "retrieval": {"head_weights": "benchmarks/tiny_model/duo.json", "num_sink": 4, "streaming_tokens": 68},
 }
 SHARING = Path(__file__).parent / "tiny_model" / "sharing.json"  # which layers can read another's entries
+MERGING = Path(__file__).parent / "tiny_model" / "merging.json"  # pairs of layers, and what merging them does
 MAX_ANSWER_TOKENS = 20
 LONG_ANSWER_TOKENS = 1536  # seconds of decoding, of which only the first are waited for
 PLAIN = "none"  # stands for vLLM without --kv-compression wherever methods are listed
@@ -49,8 +50,15 @@ def tiny_model_config(method: str) -> dict[str, Any]:
     return {
         **({"tsp_layer": TSP_LAYER} if cls.propagates and not finds_its_layer else {}),
         **HEAD_SETTINGS.get(cls.head_budgets, {}),
-        **({"layer_owners": json.loads(SHARING.read_text())["data"]["owners"]} if cls.shares_layers else {}),
+        **({"layer_owners": _owners(SHARING)} if cls.shares_layers else {}),
+        **({"layer_owners": _owners(MERGING), "merge_limit": 1.0} if cls.default_merge_layers else {}),
     }
+
+
+def _owners(report: Path) -> list[int]:
+    """Layer whose entries each layer reads, or with which it is merged."""
+    owners: list[int] = json.loads(report.read_text())["data"]["owners"]
+    return owners
 
 
 def ask(server: Server, examples: list[Example], *, concurrency: int = 1) -> list[Reply]:

@@ -15,6 +15,7 @@ from fastkv_vllm.calibrate.artefact import MAKERS
 from fastkv_vllm.calibrate.decays import RecallCurves
 from fastkv_vllm.calibrate.duo import GateTrainer
 from fastkv_vllm.calibrate.heads import HeadCredit
+from fastkv_vllm.calibrate.merging import MergingTrial
 from fastkv_vllm.calibrate.progress import PartialFile
 from fastkv_vllm.calibrate.prompts import PromptReader
 from fastkv_vllm.calibrate.sharing import LayerDistances
@@ -35,6 +36,7 @@ KINDS: dict[str, tuple[type, list[str]]] = {
     "heads": (HeadCredit, ["--criterion", "r"]),
     "decays": (RecallCurves, ["--queries", "2"]),
     "sharing": (LayerDistances, ["--layers", "1"]),
+    "merging": (MergingTrial, ["--queries", "24"]),
     "duo": (GateTrainer, ["--steps", "5", "--num-sink", "4", "--window-size", "64"]),
 }
 KIND_OF = {maker: kind for kind, maker in MAKERS.items()}

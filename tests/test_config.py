@@ -73,6 +73,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "merge_layers": None,
         "merge_t": None,
         "merge_gamma": None,
+        "merge_limit": None,
     }
 
 
@@ -169,6 +170,16 @@ def test_owners_switch_off_eviction_and_hold_fewer_blocks() -> None:
     assert isinstance(whole, PromptPlan) and whole.num_pages == 31 and whole.num_freed_blocks == 10
 
 
+def test_minicache_drops_nothing_and_merges_values() -> None:
+    config = CompressionConfig("minicache")
+    assert (config.retention_ratio, config.evict_while_decoding, config.layer_owners) == (1.0, False, None)
+    assert (config.merge_layers, config.merge_t, config.merge_gamma, config.merge_limit) == ("values", 0.6, 0.05, 0.05)
+    assert CompressionConfig("minicache", merge_layers="keys_and_values").merge_layers == "keys_and_values"
+    for name, value in (("codec", "int4"), ("layer_budgets", "pyramid"), ("halting_loss", 0.1)):
+        with pytest.raises(ValueError, match=f"{name} must be .* where layers read the entries of others"):
+            CompressionConfig.from_mapping("minicache", {name: value})
+
+
 def test_pairs_to_merge_are_neighbours_from_the_middle_on() -> None:
     merging = CompressionConfig("streamingllm", merge_layers="values")
     for num_layers, owners in ((8, (0, 1, 2, 3, 4, 4, 6, 6)), (7, (0, 1, 2, 3, 3, 5, 5)), (5, (0, 1, 2, 2, 4))):
@@ -182,7 +193,7 @@ def test_pairs_to_merge_are_neighbours_from_the_middle_on() -> None:
     for method in ("snapkv", "lazyllm"):
         with pytest.raises(ValueError, match=f"merge_layers must be left out: in {method} each layer chooses entries"):
             CompressionConfig(method, merge_layers="values")
-    for name, value in (("merge_t", 1.1), ("merge_gamma", "0.1"), ("merge_layers", "keys")):
+    for name, value in (("merge_t", 1.1), ("merge_gamma", "0.1"), ("merge_limit", -0.1), ("merge_layers", "keys")):
         with pytest.raises(ValueError, match=f"{name} must be "):
             dataclasses.replace(merging, **{name: value})
 
@@ -375,7 +386,7 @@ BAD = [
     ("layer_shares", [0.5], "left out: fastkv has no schedule that calibration could find"),
     *[("layer_owners", value, "the path of .* for one layer at least") for value in (0, [], [0, 1], [1, 0], [0, 0.0])],
     *[("merge_layers", value, "one of values, keys_and_values, or left out") for value in ("keys", "", 1, True)],
-    *[(name, 0.5, "left out without merge_layers") for name in ("merge_t", "merge_gamma")],
+    *[(name, 0.5, "left out without merge_layers") for name in ("merge_t", "merge_gamma", "merge_limit")],
     *[("pyramid_beta", value, "an integer >= 1") for value in (0, 1.5, True, None)],
     *[("head_floor", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("recent_share", value, r"in \[0, 1\)") for value in (-0.1, 1, "0.2", True)],

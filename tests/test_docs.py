@@ -48,12 +48,18 @@ def composition_table() -> str:
             else "no",
             "one choice for all heads"
             if cls.one_choice
+            else "even"
+            if cls.default_merge_layers is not None
             else "any"
             if is_even
             else f"any, its own: {config.head_budgets}",
             "its own" if cls.default_value_norms else "yes" if cls.votes() and not cls.reads_again else "no",
             "no"
-            if cls.reads_again or cls.default_codec is not None or cls.shares_layers or cls.revives
+            if cls.reads_again
+            or cls.default_codec is not None
+            or cls.shares_layers
+            or cls.revives
+            or cls.default_merge_layers is not None
             else "yes"
             if config.evict_while_decoding
             else "if asked to",
@@ -61,7 +67,7 @@ def composition_table() -> str:
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "up to the KV heads",
             "needed"
-            if cls.head_budgets in MODEL_BUDGETS or cls.shares_layers
+            if cls.head_budgets in MODEL_BUDGETS or cls.shares_layers or cls.default_merge_layers is not None
             else "TSP layer"
             if cls.propagates and cls.layer_budgets not in CUT_BUDGETS and cls.default_rank_variance is None
             else "no",

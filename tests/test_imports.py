@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels": set(),
     "codecs": {"kernels"},
     "methods": {"cache", "kernels"},
-    "calibrate": {"kernels", "methods"},
+    "calibrate": {"codecs", "kernels", "methods"},
     "config": {"cache", "codecs", "kernels", "methods"},
     "adapter": {"cache", "calibrate", "codecs", "config", "kernels", "methods"},
 }

@@ -18,6 +18,7 @@ RATIOS = {
     "dbudgetkv": 0.9,
     "kivi": 1.0,
     "kvsharer": 1,
+    "minicache": 1,
 }  # those for which a tenth is no budget
 QUALITY = json.loads((report.RESULTS / "quality.json").read_text())
 

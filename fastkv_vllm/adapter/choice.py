@@ -20,7 +20,7 @@ NONE = "none"
 # Settings a request may give beside METHOD, one by one, and those that are true or false: vLLM passes numbers only.
 FLAT = {field.name: "bool" in str(field.type) for field in dataclasses.fields(CompressionConfig)}
 del FLAT["method"]
-_SERVERS = ("max_tsp_tokens", "allow_request_override", "min_retention_ratio")
+_SERVERS = ("max_tsp_tokens", "merge_limit", "allow_request_override", "min_retention_ratio")
 # A setting of the request -> the one of the server's that it stands in for.
 _INSTEAD = {
     "retention_ratio": "budget",

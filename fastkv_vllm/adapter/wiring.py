@@ -77,9 +77,37 @@ def read_artefacts(config: CompressionConfig, model: str) -> CompressionConfig:
         kind = method_class(config.method).schedule_artefact
         assert kind is not None, "checked by CompressionConfig"
         numbers["layer_shares"] = load(config.layer_shares, kind, model).data["shares"]
-    if isinstance(config.layer_owners, str):
+    if config.merge_layers is not None:
+        numbers["layer_owners"] = _layers_to_merge(config, model)
+    elif isinstance(config.layer_owners, str):
         numbers["layer_owners"] = load(config.layer_owners, "layer-sharing", model).data["owners"]
     return dataclasses.replace(config, **numbers)
+
+
+def _layers_to_merge(config: CompressionConfig, model: str) -> Any:
+    """Pairs that a report says may be merged, or those of the configuration where it asks for no report."""
+    assert config.merge_limit is not None, "filled in with merge_layers"
+    if not isinstance(config.layer_owners, str):
+        if config.merge_limit < 1:
+            raise ValueError(
+                "kv_compression_config: layer_owners must be the path of a file of `fastkv-vllm calibrate merging`, "
+                f"which says what answers of this model lose by {config.method}'s merging of layers; "
+                '"merge_limit": 1.0 serves them unmeasured'
+            )
+        return config.layer_owners
+    report = load(config.layer_owners, "layer-merging", model)
+    for name in ("merge_layers", "merge_t", "merge_gamma"):
+        if getattr(config, name) != report.settings[name]:
+            raise ValueError(
+                f"kv_compression_config: {name} must be as in {config.layer_owners}, {report.settings[name]!r}; got "
+                f"{getattr(config, name)!r}: calibrate merging anew"
+            )
+    if report.data["lost"] > config.merge_limit:
+        raise ValueError(
+            f"merging layers loses {report.data['lost']:.3f} of the right answer tokens by {config.layer_owners}, more "
+            f"than merge_limit = {config.merge_limit:g}: calibrate other pairs with --first-layer, or raise merge_limit"
+        )
+    return report.data["owners"]
 
 
 def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None:

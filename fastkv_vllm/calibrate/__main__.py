@@ -15,6 +15,7 @@ from fastkv_vllm.calibrate.commands import (
     calibrate_decays,
     calibrate_duo,
     calibrate_heads,
+    calibrate_merging,
     calibrate_sharing,
     calibrate_tsp_layer,
 )
@@ -22,9 +23,11 @@ from fastkv_vllm.calibrate.decays import Votes
 from fastkv_vllm.calibrate.duo import DuoSettings
 from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.heads import CRITERIA
+from fastkv_vllm.calibrate.merging import MergingSettings
 from fastkv_vllm.calibrate.model import DTYPES
 from fastkv_vllm.calibrate.sharing import SharingSettings
 from fastkv_vllm.calibrate.tsp_layer import Propagation
+from fastkv_vllm.codecs import MERGES
 from fastkv_vllm.kernels.window_scores import POOLINGS
 
 T = TypeVar("T")
@@ -53,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("duo", "which KV heads need the whole context (DuoAttention)", calibrate_duo, _add_duo),
         ("decays", "share of the rows that each layer hands on (PyramidInfer)", calibrate_decays, _add_decays),
         ("sharing", "layers that can read the entries of another (KVSharer)", calibrate_sharing, _add_sharing),
+        ("merging", "what answers lose when layers are merged (MiniCache)", calibrate_merging, _add_merging),
     ):
         kind = kinds.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         kind.set_defaults(run=run, parser=kind)
@@ -123,6 +127,15 @@ def _add_sharing(parser: argparse.ArgumentParser) -> None:
     add("--queries", dest="num_queries", type=_int_from(1), default=default.num_queries, help="last ones, reading so")
 
 
+def _add_merging(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, MergingSettings()
+    add("--merge-layers", choices=MERGES, default=default.merge_layers, help="what of two layers is merged")
+    add("--merge-t", type=_from_0_to_1, default=default.merge_t, help="weight of the upper layer's direction")
+    add("--merge-gamma", type=_from_0_to_1, default=default.merge_gamma, help="share of distances not merged")
+    add("--first-layer", type=_int_from(0), metavar="N", help="pairs from this layer on; None: half of the layers")
+    add("--queries", dest="num_queries", type=_int_from(1), default=default.num_queries, help="last ones, reading so")
+
+
 def _int_from(low: int) -> Callable[[str], int]:
     return _checked(int, lambda value: value >= low, f"an integer, at least {low}")
 
@@ -150,6 +163,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 _odd = _checked(int, lambda value: value > 0 and value % 2 == 1, "odd and positive")
 _share = _checked(float, lambda value: 0 < value <= 1, "in (0, 1]")
+_from_0_to_1 = _checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 _percentile = _checked(float, lambda value: 0 <= value <= 100, "in 0..100")
 _cosine = _checked(float, lambda value: -1 < value < 1, "in (-1, 1)")
 _positive = _checked(float, lambda value: 0 < value < float("inf"), "positive")

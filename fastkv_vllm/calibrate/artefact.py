@@ -19,6 +19,7 @@ MAKERS = {
     "retrieval-heads": "duo",
     "layer-decays": "decays",
     "layer-sharing": "sharing",
+    "layer-merging": "merging",
 }
 
 

@@ -15,6 +15,7 @@ from fastkv_vllm.calibrate.duo import DuoSettings, GateTrainer
 from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.fingerprint import model_directory, model_fingerprint
 from fastkv_vllm.calibrate.heads import HeadCredit
+from fastkv_vllm.calibrate.merging import MergingSettings, MergingTrial
 from fastkv_vllm.calibrate.model import CalibrationModel
 from fastkv_vllm.calibrate.plot import check_can_plot, plot_recall
 from fastkv_vllm.calibrate.progress import PartialFile, Resumable
@@ -174,6 +175,26 @@ def calibrate_sharing(args: Namespace, command: str) -> str:
     run.finish("layer-sharing", settings, data)
     lines = [f"  layer {layer}: those of layer {owner}" for layer, owner in enumerate(owners) if owner != layer]
     return "\n".join([f"cosine {work.similarity:.3f} of the last hidden states; layers read other entries:", *lines])
+
+
+def calibrate_merging(args: Namespace, command: str) -> str:
+    """Measure what merged layers do to answers; the result in words."""
+    run = Run(args, command)
+    prompts = run.prompts(args.prompts, ["answer"])
+    merging = MergingSettings(**{field.name: getattr(args, field.name) for field in fields(MergingSettings)})
+    settings = {**merging.settings(), "prompts": digest(prompts)}
+    work = MergingTrial(run.model, prompts, merging)
+    run.measure("merging", work, len(prompts), settings)
+    found = work.found()
+    data = {"owners": work.owners, **found, "num_prompts": len(prompts)}
+    run.finish("layer-merging", settings, data)
+    lines = [
+        f"  layers {lower} and {lower + 1}: {lost:.3f}, attention changed by {changed:.2f}"
+        for lower, (lost, changed) in enumerate(zip(found["lost_by_pair"], found["changed_by_pair"], strict=True))
+    ]
+    pairs = ", ".join(f"{owner} and {layer}" for layer, owner in enumerate(work.owners) if owner != layer)
+    head = f"share of right answer tokens lost with layers {pairs} merged: {found['lost']:.3f}; with one pair alone:"
+    return "\n".join([head, *lines])
 
 
 def _sweep(run: Run, tasks: list[Prompt], propagation: Propagation, layer: int) -> dict[str, Any]:

@@ -77,6 +77,12 @@ class CalibrationModel:
         with self._attending(attend):
             return self._base()(self._ids(token_ids), use_cache=False).last_hidden_state[0, rows].float()
 
+    @torch.inference_mode()
+    def next_tokens(self, token_ids: Sequence[int], count: int, attend: Attend) -> Tensor:
+        """The most likely token after each of the last `count` tokens, [count] int64."""
+        with self._attending(attend):
+            return self._model(self._ids(token_ids), use_cache=False, logits_to_keep=count).logits[0].argmax(dim=-1)
+
     @contextmanager
     def recomputing(self, attend: Attend) -> Iterator[None]:
         """Inside, a backward pass computes each layer again instead of keeping its activations.
@@ -153,6 +159,13 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     num_queries, num_keys = queries.shape[1], keys.shape[1]
     assert num_queries in (1, num_keys), f"{num_queries} queries to {num_keys} keys: neither a prompt nor one token"
     return grouped_attention(queries, keys, values, is_causal=num_queries == num_keys)
+
+
+def attention_of_last(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention [Hq, n, D] of the last n of N tokens, each to those up to its own; arguments as `causal_attention`."""
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=keys.device).tril(num_keys - num_queries)
+    return grouped_attention(queries, keys, values, mask=mask)
 
 
 def grouped_attention(

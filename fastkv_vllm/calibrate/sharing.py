@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkv_vllm.calibrate.errors import CalibrationError
-from fastkv_vllm.calibrate.model import CalibrationModel, causal_attention, grouped_attention
+from fastkv_vllm.calibrate.model import CalibrationModel, attention_of_last, causal_attention
 from fastkv_vllm.calibrate.prompts import Prompt
 
 
@@ -162,10 +162,7 @@ class SharingSearch:
             own = causal_attention(queries, keys, values)
             if layer not in owners:
                 return own
-            num_tokens = keys.shape[1]
-            mask = torch.ones(num_queries, num_tokens, dtype=torch.bool, device=keys.device)
-            mask = mask.tril(num_tokens - num_queries)
-            shared = grouped_attention(queries[:, -num_queries:], *entries[owners[layer]], mask=mask)
+            shared = attention_of_last(queries[:, -num_queries:], *entries[owners[layer]])
             return torch.cat([own[:, :-num_queries], shared], dim=1)
 
         return self._model.final_hidden(token_ids, slice(-num_queries, None), attend)

@@ -6,7 +6,7 @@ from fastkv_vllm.codecs.channels import best_channels
 from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
 from fastkv_vllm.codecs.kivi import KiviCodec
-from fastkv_vllm.codecs.merged import PairCodec
+from fastkv_vllm.codecs.merged import MERGES, VALUES, PairCodec, neighbours
 
 CODECS: dict[str, Codec] = {
     "fp8": Float8Codec(),
@@ -20,6 +20,8 @@ CODECS: dict[str, Codec] = {
 
 __all__ = [
     "CODECS",
+    "MERGES",
+    "VALUES",
     "AffineCodec",
     "Codec",
     "EntryShape",
@@ -28,4 +30,5 @@ __all__ = [
     "KiviCodec",
     "PairCodec",
     "best_channels",
+    "neighbours",
 ]

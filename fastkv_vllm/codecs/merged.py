@@ -15,6 +15,8 @@ from fastkv_vllm.kernels.merge_layers import (
 )
 from fastkv_vllm.kernels.select import select
 
+VALUES = "values"
+MERGES = (VALUES, "keys_and_values")  # what of two layers may be merged
 _RETAINED = -1.0  # in the place of a magnitude: the entry is the lower layer's own
 
 
@@ -106,6 +108,17 @@ class PairCodec:
         if self.values_only:
             restored[:, :, 0] = torch.stack(keys)
         return restored
+
+
+def neighbours(num_layers: int, first_layer: int | None = None) -> tuple[int, ...]:
+    """Layer with which each layer is merged, its own number where it is not: pairs from a layer on, [L].
+
+    Args:
+        first_layer: lower layer of the first pair; None: half of the layers are before it.
+    """
+    first = num_layers // 2 if first_layer is None else first_layer
+    last = num_layers - (num_layers - first) % 2
+    return tuple(layer - (first <= layer < last and (layer - first) % 2) for layer in range(num_layers))
 
 
 def _pair(cache: torch.Tensor, num_sequences: int) -> LayerPair:

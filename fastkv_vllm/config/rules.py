@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from fastkv_vllm.codecs import CODECS
+from fastkv_vllm.codecs import CODECS, MERGES
 from fastkv_vllm.kernels.window_scores import POOLINGS
 from fastkv_vllm.methods import (
     CUT_BUDGETS,
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
 
 NO_CODEC = "none"
-VALUES, KEYS_AND_VALUES = MERGES = ("values", "keys_and_values")  # what of two layers may be merged
 
 
 def complete(config: "CompressionConfig") -> None:
@@ -211,8 +210,9 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
     if owners is None or isinstance(owners, str):
         return  # `for_model` wants numbers
     rule = (
-        "the path of a file of `fastkv-vllm calibrate sharing`, or for each layer the one whose entries it reads: its "
-        "own number, or that of an earlier one that reads its own, for one layer at least"
+        "the path of a file of `fastkv-vllm calibrate sharing`, of `merging` where layers are merged, or for each "
+        "layer the one whose entries it reads: its own number, or that of an earlier one that reads its own, for one "
+        "layer at least"
     )
     numbers = is_list(owners) and all(is_int(owner) and 0 <= owner <= n for n, owner in enumerate(owners))
     holds = numbers and all(owners[owner] == owner for owner in owners) and len(set(owners)) < len(owners)
@@ -261,11 +261,12 @@ def _complete_guard(config: "CompressionConfig", cls: type[Method]) -> None:
 
 
 def _complete_merging(config: "CompressionConfig", cls: type[Method]) -> None:
+    fill_in(config, "merge_layers", cls.default_merge_layers)
     merging = config.merge_layers
     check(merging in (None, *MERGES), "merge_layers", f"one of {', '.join(MERGES)}, or left out", config)
     rule = f"left out: in {config.method} each layer chooses entries of its own"
     check(merging is None or not cls.votes(), "merge_layers", rule, config)
-    for name, default in (("merge_t", 0.6), ("merge_gamma", 0.05)):
+    for name, default in (("merge_t", 0.6), ("merge_gamma", 0.05), ("merge_limit", 0.05)):
         if merging is None:
             check(getattr(config, name) is None, name, "left out without merge_layers", config)
             continue

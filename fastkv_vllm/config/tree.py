@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
-from fastkv_vllm.codecs import CODECS, EntryShape, PairCodec
-from fastkv_vllm.config.rules import NO_CODEC, VALUES, as_json, complete, each
+from fastkv_vllm.codecs import CODECS, VALUES, EntryShape, PairCodec, neighbours
+from fastkv_vllm.config.rules import NO_CODEC, as_json, complete, each
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, OBSERVED, Allocator, BudgetOptions, Method, method_class
 
 
@@ -67,13 +67,16 @@ class CompressionConfig:
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
             window; None: the method's own. Without it all that follows the prompt stays in the model's dtype.
         layer_owners: layer whose entries each layer reads once the prompt has ended: path of the file that `fastkv-vllm
-            calibrate sharing` wrote, or the numbers, [layers]; a layer reads its own or those of an earlier one that
-            reads its own. None: all read their own, or with merge_layers pairs of neighbours from the middle on.
+            calibrate sharing` (with merge_layers: `merging`) wrote, or the numbers, [layers]; a layer reads its own or
+            those of an earlier one that reads its own. None: all read their own, or with merge_layers pairs of
+            neighbours from the middle on.
         merge_layers: "values" or "keys_and_values": a layer with an owner does not read the owner's entries, both are
-            stored as one, a direction and each layer's magnitude; None: nothing is merged.
+            stored as one, a direction and each layer's magnitude; None: the method's own, mostly nothing.
         merge_t: weight of the upper layer's direction in a merged pair, [0, 1]; None: 0.6.
         merge_gamma: entries in the band of this share of the range below the largest distance of a pair are not merged,
             [0, 1]; of so large a share of the entries at most, the farthest; None: 0.05.
+        merge_limit: largest share of right answer tokens, [0, 1], that merging may lose by the report in layer_owners:
+            the server does not start above it, or, below 1, without a report; None: 0.05.
         min_tokens: prompts below this are left alone.
         allow_request_override: whether a request may choose its method and settings, or none.
         min_retention_ratio: least share of its entries that a request may ask to keep, [0, 1].
@@ -117,6 +120,7 @@ class CompressionConfig:
     merge_layers: str | None = None
     merge_t: float | None = None
     merge_gamma: float | None = None
+    merge_limit: float | None = None
     min_tokens: int = 512
     allow_request_override: bool = True
     min_retention_ratio: float = 0.0
@@ -198,10 +202,7 @@ class CompressionConfig:
         """The same with the pairs that are merged, where they are not given."""
         if self.layer_owners is not None or self.merge_layers is None:
             return self
-        first = num_layers // 2
-        last = num_layers - (num_layers - first) % 2
-        owners = (layer - (first <= layer < last and (layer - first) % 2) for layer in range(num_layers))
-        return dataclasses.replace(self, layer_owners=tuple(owners))
+        return dataclasses.replace(self, layer_owners=neighbours(num_layers))
 
     def pair_codec(self) -> PairCodec:
         """How layers are merged."""

@@ -25,6 +25,7 @@ from fastkv_vllm.methods.headkv import HeadKV
 from fastkv_vllm.methods.kivi import KIVI
 from fastkv_vllm.methods.kvsharer import KVSharer
 from fastkv_vllm.methods.lazyllm import LazyLLM
+from fastkv_vllm.methods.minicache import MiniCache
 from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
 from fastkv_vllm.methods.registry import method_class, method_names, register
@@ -61,6 +62,7 @@ __all__ = [
     "KVSharer",
     "LazyLLM",
     "Method",
+    "MiniCache",
     "PyramidInfer",
     "PyramidKV",
     "RankWatch",

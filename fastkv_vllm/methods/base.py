@@ -33,8 +33,8 @@ class Method(ABC):
             left behind may come back.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
             default_halting_loss, default_rank_variance, default_evict_while_decoding, default_codec,
-            default_channel_ratio, default_residual_window, default_encode_generated: the fields of CompressionConfig
-            without `default_`, when the configuration does not say.
+            default_channel_ratio, default_residual_window, default_encode_generated, default_merge_layers: the fields
+            of CompressionConfig without `default_`, when the configuration does not say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         shares_layers: some layers read the entries of others once the prompt has ended, by `layer_owners`.
         streams: heads that keep less than the prompt let go of the rest while it is read, where their budgets are known
@@ -70,6 +70,7 @@ class Method(ABC):
     default_channel_ratio: ClassVar[float] = 1.0
     default_residual_window: ClassVar[int] = 0
     default_encode_generated: ClassVar[bool] = False
+    default_merge_layers: ClassVar[str | None] = None
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

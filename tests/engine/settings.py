@@ -83,8 +83,8 @@ SHARING = {
 }
 WHOLE = {"min_tokens": 128, "retention_ratio": 1.0}
 MERGED = {
-    "merged-values": ("streamingllm", WHOLE | {"merge_layers": "values", "layer_owners": [0, 0, 2, 2, 4, 5, 5, 7]}),
-    "merged": ("streamingllm", WHOLE | {"merge_layers": "keys_and_values"}),
+    "minicache": ("minicache", {"min_tokens": 128, "layer_owners": [0, 0, 2, 2, 4, 5, 5, 7]}),
+    "minicache-keys": ("minicache", {"min_tokens": 128, "merge_layers": "keys_and_values"}),
     "merged-dropping": (
         "streamingllm",
         WHOLE | {"retention_ratio": 0.6, "merge_layers": "keys_and_values", "merge_gamma": 0.3, "merge_t": 0.3},
@@ -126,8 +126,8 @@ REQUESTS = {
     "kvsharer": SHARING["kvsharer"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
     "think": ("think", SMALL),
-    "merged-values": MERGED["merged-values"],
-    "merged": MERGED["merged"],
+    "minicache": MERGED["minicache"],
+    "minicache-keys": MERGED["minicache-keys"],
     **GUARDED,
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

@@ -197,6 +197,28 @@ def test_weights_of_heads_come_from_this_models_file(checkpoint, checkpoints, tm
         configure(checkpoint, kv_compression="headkv", kv_compression_config={"head_weights": [[1.0, 0.0]]})
 
 
+def test_layers_are_merged_where_a_report_says_that_answers_survive(checkpoint, tmp_path):
+    owners, file = [0, 0, 2, 3, 4, 4, 6, 6], tmp_path / "merging.json"
+    measured = {"merge_layers": "values", "merge_t": 0.6, "merge_gamma": 0.05}
+    save(make("layer-merging", checkpoint, command="-", settings=measured, data={"owners": owners, "lost": 0.06}), file)
+
+    def served(method="minicache", **settings):
+        return compression_config(configure(checkpoint, kv_compression=method, kv_compression_config=settings))
+
+    with pytest.raises(ValueError, match=r"merging layers loses 0\.060 of .* more than merge_limit = 0\.05: "):
+        served(layer_owners=str(file))
+    assert served(layer_owners=str(file), merge_limit=0.06).layer_owners == tuple(owners)
+    with pytest.raises(ValueError, match=r"merge_gamma must be as in .*merging\.json, 0\.05; got 0\.1: calibr"):
+        served(layer_owners=str(file), merge_limit=0.06, merge_gamma=0.1)
+    for method, settings in (("minicache", {"layer_owners": owners}), ("streamingllm", {"merge_layers": "values"})):
+        with pytest.raises(ValueError, match="layer_owners must be the path of a file of `fastkv-vllm calibrate merg"):
+            served(method, **settings)
+        served(method, **settings, merge_limit=1.0)
+    assert served(merge_limit=1.0).layer_owners == (0, 1, 2, 3, 4, 4, 6, 6)
+    with pytest.raises(ValueError, match="must be of kind 'layer-sharing'; it is of kind 'layer-merging'"):
+        served("kvsharer", layer_owners=str(file))
+
+
 def test_owners_of_layers_come_from_this_models_file(checkpoint, tmp_path):
     owners, file = [0, 1, 2, 3, 4, 5, 0, 5], tmp_path / "sharing.json"
     save(make("layer-sharing", checkpoint, command="-", settings={}, data={"owners": owners}), file)

@@ -102,7 +102,7 @@ def test_preempted(engine):
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     with engine.step_tokens(100), engine.watch(before=preempt):
-        answer(engine, ["fastkv-sharing", "kvsharer", "merged", "adakv-int8"], max_tokens=8)
+        answer(engine, ["fastkv-sharing", "kvsharer", "minicache-keys", "adakv-int8"], max_tokens=8)
     assert any(p.compressed for p in engine.preemptions), "none was preempted after its compaction"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _WINDOW_METHODS = ("fastkv", "asl", "snapkv", "pyramidkv", "adakv", "vatp", "headkv", "think")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
-_NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv", "kivi", "kvsharer")
+_NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv", "kivi", "kvsharer", "minicache")
 _VOTERS = ("vl_cache",)
 _ONE_CHOICE = ("tova", "lazyllm", "pyramidinfer", "gemfilter")
 _METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_VOTERS, *_ONE_CHOICE)
