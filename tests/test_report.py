@@ -15,6 +15,7 @@ from fastkv_vllm.methods import method_names
 RATIOS = {
     "pyramidinfer": 0.6,
     "lazyllm": 0.5,
+    "duoattention": 0.5,
     "dbudgetkv": 0.9,
     "kivi": 1.0,
     "kvsharer": 1,
