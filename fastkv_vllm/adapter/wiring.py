@@ -12,7 +12,7 @@ from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.arguments import configured
 from fastkv_vllm.adapter.choice import Choice, entry_shape
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
-from fastkv_vllm.adapter.patches import validate_early, validate_request
+from fastkv_vllm.adapter.patches import validate_request
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
 from fastkv_vllm.config import CompressionConfig
@@ -44,7 +44,6 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     config = configured(args)
     if config is None:
         validate_request.uninstall()
-        validate_early.uninstall()
         if os.environ.get(_RUNNER_VARIABLE) == _RUNNER_V1:
             del os.environ[_RUNNER_VARIABLE]
         return None
@@ -131,9 +130,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     if native.names_request_validators():
         setattr(vllm_config, native.VALIDATOR_FIELD, f"{_PACKAGE}.validator.RequestValidator")
     else:
-        choice = Choice(vllm_config, config)
-        validate_request.install(choice)
-        validate_early.install(choice)
+        validate_request.install(Choice(vllm_config, config))
     table = "\n".join(f"  {name:<18} {value}" for name, value in overview(vllm_config).items())
     logger.info("FastKV compression is on for %s:\n%s", model.model, table)
 
