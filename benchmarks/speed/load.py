@@ -82,6 +82,10 @@ OTHERS = (
     Setup("lazyllm", "lazyllm", {"retention_ratio": 0.5}),
     Setup("kivi", "kivi"),
     Setup("kvsharer", "kvsharer", {"layer_owners": [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15]}),
+    Setup("think", "think", {"retention_ratio": 0.1}),
+    Setup("minicache", "minicache", {"merge_limit": 1.0}),
+    Setup("snapkv, int8", "snapkv", {"retention_ratio": 0.2, "codec": "int8"}),
+    Setup("snapkv, int4", "snapkv", {"retention_ratio": 0.4, "codec": "int4"}),
 )
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 
