@@ -4,8 +4,8 @@ python -m benchmarks.quality [--methods none,fastkv,...] [--ratios 0.1] [--proto
 python -m benchmarks.quality --suite ruler --model MODEL_DIR [--data DIR] --lengths 4096,16384
 
 One `vllm serve` per method and ratio, the same questions to each, temperature 0. A cell is the mean score with its
-95 % interval and, for a method, its ratio to plain vLLM in the same run. Plain vLLM is asked each prompt once, whatever
-the protocol.
+95 % interval and, for a method, its ratio to plain vLLM in the same run, or in the report the rows are added to (the
+questions are the same). Plain vLLM is asked each prompt once, whatever the protocol.
 
 | protocol | what is compressed | what a later turn of one conversation sees |
 |---|---|---|
@@ -215,7 +215,7 @@ def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[di
     """One row of the report per cell.
 
     Args:
-        plain: rows of plain vLLM in the same run, or none; what the ratios refer to.
+        plain: rows of plain vLLM, or none; what the ratios refer to.
     """
     plain_means = {_cell_of(row): row["mean"] for row in plain}
     rows = []
@@ -264,6 +264,11 @@ def tables(report: dict[str, Any]) -> list[tuple[str, str]]:
     return made
 
 
+def plain_rows(report: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Rows of plain vLLM in a report."""
+    return [] if report is None else [row for row in report["rows"] if row["method"] == PLAIN]
+
+
 def merge_rows(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of both reports, the new ones in the place of the old ones of the same contender.
 
@@ -310,24 +315,31 @@ def main() -> None:
         "model": Path(model).name if args.model else CHECKPOINT.relative_to(Path(__file__).parents[1]).as_posix(),
         "rows": [],
     }
+    known = json.loads(args.json.read_text()) if args.json is not None and args.json.exists() else None
     records = []
     flags = ["--max-model-len", str(args.max_model_len), *args.server_flag]
     asked = contenders(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda contender: measure(contender, model, prompts, flags), asked))
-    for contender, scored in zip(asked, results, strict=True):
-        plain = [row for row in report["rows"] if row["method"] == PLAIN]
-        report["rows"] += make_rows(contender, scored, plain)
-        records += [
-            {"contender": contender.name, **asdict(s.cell), "turn": s.prompt.turn, **asdict(s.answer), "score": s.score}
-            for s in scored
-        ]
+        results = pool.map(lambda contender: measure(contender, model, prompts, flags), asked)
+        for contender, scored in zip(asked, results, strict=True):
+            plain = plain_rows(report) or plain_rows(known)
+            report["rows"] += make_rows(contender, scored, plain)
+            # After each contender: one whose server fails does not take the others' rows with it.
+            if args.json is not None:
+                rows = merge_rows(known, report) if known else report["rows"]
+                args.json.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+            records += [
+                {
+                    "contender": contender.name,
+                    **asdict(s.cell),
+                    "turn": s.prompt.turn,
+                    **asdict(s.answer),
+                    "score": s.score,
+                }
+                for s in scored
+            ]
     for _, table in tables(report):
         print(f"\n{table}")
-    if args.json is not None and args.json.exists():
-        report["rows"] = merge_rows(json.loads(args.json.read_text()), report)
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.answers is not None:
         args.answers.write_text("".join(json.dumps(record) + "\n" for record in records))
 

@@ -1,5 +1,6 @@
 """The quality harness counts wrong answers wrong and notices a server that did not compress."""
 
+import json
 import re
 from argparse import Namespace
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks import quality
 from benchmarks.prompts import PROTOCOLS, Prompt, PromptBuilder
 from benchmarks.quality import (
     Answer,
@@ -240,3 +242,27 @@ def test_a_report_grows_by_contender() -> None:
     assert [(row["method"], row["mean"]) for row in rows] == [("none", 1.0), ("snapkv", 0.5), ("adakv", 0.7)]
     with pytest.raises(ValueError, match="has other questions"):
         merge_rows(old | {"model": "other"}, new)
+
+
+def test_what_was_measured_before_a_failure_stays(monkeypatch, tmp_path) -> None:
+    def measure(contender, model, prompts, extra):
+        if contender.method in broken:
+            raise RuntimeError("its server ended")
+        points = 0.5 if contender.method == "snapkv" else 1.0
+        (batch,) = prompts.values()
+        cell = Cell("niah", "512", "question", "1")
+        return [Scored(cell, prompt, Answer("", True), points) for prompt in batch]
+
+    report = tmp_path / "quality.json"
+    words = f"quality --tasks niah --lengths 512 -n 2 --protocols question --json {report} --methods"
+    monkeypatch.setattr(quality, "measure", measure)
+    monkeypatch.setattr("sys.argv", [*words.split(), "none,adakv,snapkv"])
+    broken = {"snapkv"}
+    with pytest.raises(RuntimeError, match="its server ended"):
+        quality.main()
+    assert [row["method"] for row in json.loads(report.read_text())["rows"]] == ["none", "adakv"]
+    broken = set()
+    monkeypatch.setattr("sys.argv", [*words.split(), "snapkv"])
+    quality.main()
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["method"], row["ratio_to_plain"]) for row in rows] == [("none", None), ("adakv", 1.0), ("snapkv", 0.5)]
