@@ -1,6 +1,7 @@
 """The manifests: they render, fit the schemas, are locked down, and start a server that exists."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,28 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from fastkv_vllm.adapter.conflicts import CONFLICTS
 from fastkv_vllm.config import CompressionConfig
 from tests.deploy.conftest import COMPONENTS, DEPLOY, queries, render
 
-OVERLAYS = sorted(path.parent for path in (DEPLOY / "kubernetes/overlays").glob("*/kustomization.yaml"))
+OVERLAYS = sorted(path.parent.name for path in (DEPLOY / "kubernetes/overlays").glob("*/kustomization.yaml"))
 CUSTOM = ("ServiceMonitor", "PrometheusRule", "ScaledObject")  # kinds whose schemas belong to their operators
 KUBERNETES = "1.32"
+GPU = "nvidia.com/gpu"
 # What Grafana puts in the place of its variables before a query reaches Prometheus.
 VARIABLES = {"$__rate_interval": "1m", "$model_name": ".*"}
 
 
-@pytest.fixture(scope="module", params=OVERLAYS, ids=lambda path: path.name)
-def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def objects(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """An overlay with all components, as a user would put them together."""
     directory = tmp_path_factory.mktemp("mine")
-    parts = {"resources": [request.param], "components": sorted(path for path in COMPONENTS.iterdir())}
+    parts = {"resources": [DEPLOY / "kubernetes/overlays" / overlay], "components": sorted(COMPONENTS.iterdir())}
     lines = ["apiVersion: kustomize.config.k8s.io/v1beta1", "kind: Kustomization"]
     for name, paths in parts.items():
         lines += [f"{name}:", *(f"  - {relative(path, directory)}" for path in paths)]
@@ -44,6 +52,15 @@ def one(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 def server(objects: list[dict[str, Any]]) -> dict[str, Any]:
     (container,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     return container
+
+
+def parsed(container: dict[str, Any]) -> Namespace:
+    """The arguments as vLLM's own parser takes them, with the plugin's in it."""
+    values = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    args = container["args"]
+    for name, value in values.items():
+        args = [arg.replace(f"$({name})", value) for arg in args]
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(args)
 
 
 def test_objects_fit_the_schemas(objects: list[dict[str, Any]]) -> None:
@@ -94,11 +111,27 @@ def test_the_pod_is_locked_down(objects: list[dict[str, Any]]) -> None:
 
 def test_cores_and_memory_are_asked_for_and_hold_the_cache(objects: list[dict[str, Any]]) -> None:
     resources = server(objects)["resources"]
-    # On a GPU a server refuses to compress: an overlay that asks for one would deploy what never starts.
-    assert set(resources["requests"]) == {"cpu", "memory"} and int(resources["requests"]["cpu"]) > 0
+    assert int(resources["requests"]["cpu"]) > 0
     assert resources["requests"]["memory"] == resources["limits"]["memory"]
-    space = next(item["value"] for item in server(objects)["env"] if item["name"] == "VLLM_CPU_KVCACHE_SPACE")
-    assert int(space) < int(resources["limits"]["memory"].removesuffix("Gi"))
+    env = {item["name"]: item.get("value") for item in server(objects)["env"]}
+    assert ("VLLM_CPU_KVCACHE_SPACE" in env) != (GPU in resources["requests"])
+    if space := env.get("VLLM_CPU_KVCACHE_SPACE"):
+        assert int(space) < int(resources["limits"]["memory"].removesuffix("Gi"))
+
+
+def test_a_rank_has_its_gpu_and_a_pod_its_kind(overlay: str, objects: list[dict[str, Any]]) -> None:
+    """The image and the node are those of what the overlay is named after, and there is one rank for each GPU."""
+    pod, container = one(objects, "Deployment")["spec"]["template"]["spec"], server(objects)
+    hardware, _, ranks = overlay.partition("-tp")
+    requests, limits = (container["resources"][name] for name in ("requests", "limits"))
+    assert container["image"].endswith("-cpu" if hardware == "cpu" else "-cuda")
+    assert parsed(container).tensor_parallel_size == int(ranks or 1)
+    if hardware == "cpu":
+        assert GPU not in {*requests, *limits} and "nodeSelector" not in pod
+        return
+    assert requests[GPU] == limits[GPU] == (ranks or "1")
+    assert hardware.upper() in pod["nodeSelector"]["nvidia.com/gpu.product"]
+    assert {"key": GPU, "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
 
 
 def test_a_server_that_goes_has_time_to_answer(objects: list[dict[str, Any]]) -> None:
@@ -128,19 +161,18 @@ def test_monitoring_scrapes_and_policy_admits_the_port_of_the_api(objects: list[
 
 
 def test_vllm_knows_the_arguments(objects: list[dict[str, Any]]) -> None:
-    """vLLM's own parser, with the plugin's arguments in it; the settings are ours to check."""
-    container = server(objects)
-    values = {item["name"]: item["value"] for item in container["env"] if "value" in item}
-    args = container["args"]
-    for name, value in values.items():
-        args = [arg.replace(f"$({name})", value) for arg in args]
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(args)
-    settings = parsed.kv_compression_config
-    CompressionConfig.from_mapping(
-        parsed.kv_compression, json.loads(settings) if isinstance(settings, str) else settings
-    )
-    (port,) = container["ports"]
-    assert port["containerPort"] == parsed.port and parsed.host == "0.0.0.0"
+    """The settings are ours to check."""
+    args = parsed(server(objects))
+    settings = args.kv_compression_config
+    CompressionConfig.from_mapping(args.kv_compression, json.loads(settings) if isinstance(settings, str) else settings)
+    (port,) = server(objects)["ports"]
+    assert port["containerPort"] == args.port and args.host == "0.0.0.0"
+
+
+def test_the_page_says_what_a_server_on_a_gpu_does() -> None:
+    """As long as it refuses to start, and no longer."""
+    page, refusal = (DEPLOY.parent / "docs/kubernetes.md").read_text(), "GPU backends are not written yet"
+    assert (refusal in page) == any(refusal in conflict.needs for conflict in CONFLICTS)
 
 
 @pytest.mark.parametrize("place", queries())

@@ -1,6 +1,7 @@
 """The values for vLLM's production-stack chart: keys that it has, and a server that exists."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -10,7 +11,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from fastkv_vllm.config import CompressionConfig
-from tests.deploy.conftest import DEPLOY
+from tests.deploy.conftest import DEPLOY, render
 
 VALUES = sorted((DEPLOY / "production-stack").glob("values-*.yaml"))
 KUBERNETES = "1.32"
@@ -27,6 +28,7 @@ KEYS = {
     "servingEngineSpec": {
         "enableEngine": bool,
         "runtimeClassName": str,
+        "tolerations": "pod.tolerations",
         "vllmApiKey": {"secretName": str, "secretKey": str},
         "securityContext": "pod.securityContext",
         "containerSecurityContext": "container.securityContext",
@@ -44,6 +46,7 @@ KEYS = {
                 "requestMemory": str,
                 "limitMemory": str,
                 "requestGPU": int,
+                "nodeSelectorTerms": "pod.affinity.nodeAffinity",
                 "vllmConfig": {"enablePrefixCaching": bool, "maxModelLen": int, "extraArgs": [str]},
                 "env": "container.env",
                 "extraVolumes": "pod.volumes",
@@ -55,8 +58,13 @@ KEYS = {
 
 
 @pytest.fixture(params=VALUES, ids=lambda path: path.stem)
-def values(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return yaml.safe_load(request.param.read_text())
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def values(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
 
 
 def problems(value: Any, keys: Any, where: str = "") -> list[str]:
@@ -82,6 +90,7 @@ def pod_of(values: dict[str, Any]) -> dict[str, Any]:
     command = ["vllm", "serve", model["modelURL"], "--host", "0.0.0.0", "--port", "8000"]
     command += ["--enable-prefix-caching" if config["enablePrefixCaching"] else "--no-enable-prefix-caching"]
     command += ["--max-model-len", str(config["maxModelLen"]), *config["extraArgs"]]
+    gpus = {"nvidia.com/gpu": str(model["requestGPU"])} if model["requestGPU"] else {}
     container = {
         "name": "vllm",
         "image": f"{model['repository']}:{model['tag']}",
@@ -89,13 +98,17 @@ def pod_of(values: dict[str, Any]) -> dict[str, Any]:
         "env": model["env"],
         "securityContext": engine["containerSecurityContext"],
         "resources": {
-            "requests": {"memory": model["requestMemory"], "cpu": str(model["requestCPU"])},
-            "limits": {"memory": model["limitMemory"]},
+            "requests": {"memory": model["requestMemory"], "cpu": str(model["requestCPU"]), **gpus},
+            "limits": {"memory": model["limitMemory"], **gpus},
         },
         "volumeMounts": model["extraVolumeMounts"],
         **{name: engine[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")},
     }
     spec = {"securityContext": engine["securityContext"], "containers": [container], "volumes": model["extraVolumes"]}
+    spec |= {name: engine[name] for name in ("runtimeClassName", "tolerations") if engine.get(name)}
+    if terms := model.get("nodeSelectorTerms"):
+        required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        spec["affinity"] = {"nodeAffinity": required}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "model"}, "spec": spec}
 
 
@@ -116,25 +129,37 @@ def test_the_pod_fits_the_schema(values: dict[str, Any]) -> None:
     kubernetes_validate.validate(pod_of(values), KUBERNETES, strict=True)
 
 
-def test_the_pod_is_that_of_our_own_manifests(values: dict[str, Any]) -> None:
-    """What the base and the overlay of the same name say of security, probes, memory, environment and settings."""
-    base = yaml.safe_load((DEPLOY / "kubernetes/base/deployment.yaml").read_text())["spec"]["template"]["spec"]
-    overlay = yaml.safe_load((DEPLOY / "kubernetes/overlays/cpu/deployment.yaml").read_text())
-    (server,), (patch,) = base["containers"], overlay["spec"]["template"]["spec"]["containers"]
-    pod = pod_of(values)["spec"]
-    (container,) = pod["containers"]
-    assert pod["securityContext"] == base["securityContext"]
+def test_the_pod_is_that_of_our_own_manifests(path: Path, values: dict[str, Any]) -> None:
+    """What the overlay of the same name says of security, probes, hardware, environment and settings."""
+    overlay = render(DEPLOY / "kubernetes/overlays" / path.stem.removeprefix("values-"))
+    (deployment,) = (item for item in overlay if item["kind"] == "Deployment")
+    ours, pod = deployment["spec"]["template"]["spec"], pod_of(values)["spec"]
+    (server,), (container,) = ours["containers"], pod["containers"]
+    assert pod["securityContext"] == ours["securityContext"]
     assert container["securityContext"].items() >= server["securityContext"].items()
-    assert container["resources"] == patch["resources"]
+    for name in ("image", "resources"):
+        assert container[name] == server[name]
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[name]["httpGet"]["path"] == server[name]["httpGet"]["path"]
         for field in ("periodSeconds", "failureThreshold", "timeoutSeconds"):
             assert container[name][field] == server[name][field], (name, field)
-    env = {item["name"]: item.get("value") for item in [*server["env"], *patch["env"]]}
+    env = {item["name"]: item.get("value") for item in server["env"]}
     for item in container["env"]:
         assert item["name"] in env and (item["name"] == "HOME" or item["value"] == env[item["name"]]), item
     settings = {f"--kv-compression={env['KV_COMPRESSION']}", f"--kv-compression-config={env['KV_COMPRESSION_CONFIG']}"}
     assert settings < set(container["command"])
+    assert pod.get("tolerations") == ours.get("tolerations")
+    assert node_labels(pod) == ours.get("nodeSelector", {})
+
+
+def node_labels(pod: dict[str, Any]) -> dict[str, str]:
+    """Labels that a node has to have by the pod's affinity."""
+    if "affinity" not in pod:
+        return {}
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = required["nodeSelectorTerms"]
+    assert all(line["operator"] == "In" and len(line["values"]) == 1 for line in term["matchExpressions"])
+    return {line["key"]: line["values"][0] for line in term["matchExpressions"]}
 
 
 def test_what_the_server_writes_has_a_place(values: dict[str, Any]) -> None:
