@@ -9,12 +9,12 @@ from tests.engine.settings import EVICTING, HALTING, SMALL, TSP
 ENGINES = {
     "h2o": ("h2o", SMALL),
     "a2sf": ("a2sf", SMALL),
-    "tova": ("tova", SMALL),
+    "tova": ("tova", SMALL | {"value_norms": True}),
     "streamingllm": ("streamingllm", SMALL),
     "snapkv": ("snapkv", SMALL | EVICTING | {"value_norms": True}),
     "fastkv": ("fastkv", TSP | EVICTING | {"window_size": 45}),  # more than a block votes
     "adakv": ("adakv", SMALL | EVICTING),
-    "h2o-pyramid": ("h2o", SMALL | {"layer_budgets": "pyramid"}),
+    "h2o-pyramid": ("h2o", SMALL | {"layer_budgets": "pyramid", "value_norms": True}),
     "dbudgetkv": ("dbudgetkv", HALTING | EVICTING),
     "pyramidinfer": ("pyramidinfer", {"min_tokens": 128}),
 }

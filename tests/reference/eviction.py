@@ -46,12 +46,12 @@ def rate(
     if not drop.has_scores:
         scores = [torch.arange(len(head)).float() for head in keys]
     elif drop.method == "tova":
-        scores = list(last_query_scores(queries, torch.stack(list(keys))).expand(len(keys), -1))
+        scores = list(last_query_scores(queries, torch.stack(list(keys))))
     elif drop.decay is not None:
         scores = list(votes)
     elif drop.method == "pyramidinfer":
         own = torch.stack(list(keys))
-        scores = list(recent_query_scores(_behind_others(queries, own), own, queries.shape[1]).expand(len(keys), -1))
+        scores = list(recent_query_scores(_behind_others(queries, own), own, queries.shape[1]))
     elif drop.method == "vl_cache":
         scores = []
         for group, head in zip(queries.chunk(len(keys)), keys, strict=True):
@@ -65,7 +65,7 @@ def rate(
         scores = [
             head * value_norms(own.unsqueeze(0))[0, : len(head)] for head, own in zip(scores, values, strict=True)
         ]
-    return scores
+    return [sum(scores)] * len(keys) if drop.one_choice else scores
 
 
 def by_order(drop: Drop, num_entries: int) -> Drop:

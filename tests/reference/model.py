@@ -186,7 +186,8 @@ class ReferenceModel:
                 votes = _votes(queries, keys, positions, drop)
                 if drop.decay is not None:
                     layers[-1].votes = list(votes)
-                rated.append(votes * value_norms(values)[:, : votes.shape[1]] if drop.value_norms else votes)
+                votes = votes * value_norms(values)[:, : votes.shape[1]] if drop.value_norms else votes
+                rated.append(votes.sum(dim=0).expand(len(votes), -1) if drop.one_choice else votes)
                 attention.append(last_query_attention(queries, keys))
                 if drop.min_recall is not None:
                     guarded.append(voters_scores(queries.double(), keys.double(), drop.num_voters))
@@ -384,11 +385,11 @@ def _votes(queries: Tensor, keys: Tensor, positions: Tensor, drop: Drop) -> Tens
     if not drop.has_scores:
         return positions.float().expand(keys.shape[0], -1)  # exact below 2^24
     if drop.method == "pyramidinfer":
-        return recent_query_scores(queries, keys, drop.num_voters).expand(keys.shape[0], -1)
+        return recent_query_scores(queries, keys, drop.num_voters)
     if drop.method == "vl_cache":
         return voters_scores(queries, keys, drop.num_voters)
     if drop.method in ("tova", "lazyllm"):
-        return last_query_scores(queries, keys).expand(keys.shape[0], -1)
+        return last_query_scores(queries, keys)
     if drop.method == "gemfilter":
         return last_query_products(queries, keys).expand(keys.shape[0], -1)
     if drop.decay is not None:

@@ -30,38 +30,40 @@ def all_query_scores(queries: Tensor, keys: Tensor, decay: float = 1.0) -> Tenso
 
 
 def last_query_scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention that every key gets from the last query, mean over all query heads: one rating for all heads.
+    """Attention that every key gets from the last query, per KV head, in shares of all query heads' attention.
 
     Args:
         queries: roped queries of the layer, [Hq, n, D], float32 or float64.
         keys: roped keys of the layer, [H, n, D], same dtype.
-    Returns: [1, n], same dtype.
+    Returns: [H, n], same dtype; the rating of all heads is their sum.
     Source: TOVA, arXiv 2401.06104.
     """
     num_heads = queries.shape[0]
     group_size = num_heads // keys.shape[0]
-    scores = torch.zeros(1, keys.shape[1], dtype=queries.dtype)
+    scores = torch.zeros(keys.shape[:2], dtype=queries.dtype)
     for head in range(num_heads):
-        scores[0] += _probabilities(queries[head, -1], keys[head // group_size]) / num_heads
+        kv_head = head // group_size
+        scores[kv_head] += _probabilities(queries[head, -1], keys[kv_head]) / num_heads
     return scores
 
 
 def recent_query_scores(queries: Tensor, keys: Tensor, num_recent: int) -> Tensor:
-    """Attention that every key gets from the last queries, weights rising from 1 to 1.2, one rating for all heads.
+    """Attention that every key gets from the last queries, weights rising from 1 to 1.2, per KV head.
 
     Args:
         queries: roped queries of the layer, [Hq, n, D], float32 or float64.
         keys: roped keys of the layer, [H, n, D], same dtype.
         num_recent: queries that vote.
-    Returns: [1, n], same dtype.
+    Returns: [H, n], same dtype; the rating of all heads is their sum.
     Source: PyramidInfer, arXiv 2405.12532.
     """
     num_heads, num_rows, _ = queries.shape
     group_size = num_heads // keys.shape[0]
     weights = torch.linspace(1.0, 1.2, num_recent).to(queries.dtype)
-    scores = torch.zeros(1, num_rows, dtype=queries.dtype)
+    scores = torch.zeros(keys.shape[0], num_rows, dtype=queries.dtype)
     for head in range(num_heads):
-        scores[0] += weights @ _attention(queries[head, -num_recent:], keys[head // group_size])
+        kv_head = head // group_size
+        scores[kv_head] += weights @ _attention(queries[head, -num_recent:], keys[kv_head])
     return scores
 
 

@@ -39,7 +39,7 @@ class Drop:
         "adaptive" over the heads of a layer, "importance" and "retrieval" over all heads of all layers.
     pyramid_beta, head_floor, head_beta, streaming_tokens, head_weights [L][H]: their numbers.
     decay: weight of a row's votes relative to the next one's, where all vote.
-    value_norms: scores are multiplied by the L1 norms of the values.
+    value_norms: scores are multiplied by the L1 norms of the values, those of each head before they are added up.
     halting_loss: a layer keeps no more pages than it needs to lose at most this share of the last query's norm.
     min_recall: where set, heads keep the fewest whole pages, num_planned entries or more and num_kept at most, with
         which they keep this share of the attention that the last num_voters queries pay, mean over layers and heads.
@@ -115,6 +115,11 @@ class Drop:
     def revives(self) -> bool:
         """Whether each decoded token chooses anew what the layers after a cut hold."""
         return self.method == "lazyllm"
+
+    @property
+    def one_choice(self) -> bool:
+        """Whether all heads of a layer keep the same entries: their scores are added up."""
+        return self.method in _ONE_CHOICE
 
     @property
     def has_scores(self) -> bool:
