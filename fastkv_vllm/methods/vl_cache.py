@@ -22,7 +22,7 @@ class VLCache(Method):
     of voters wait for the last chunk); entries are chosen per KV head (whether the paper chooses per head or once for a
     layer cannot be told from it), the sums of a group added; the recent tokens are a tenth of the mean budget in each
     layer, not of the layer's own; budgets are whole pages that add up to the even budget exactly, and no layer has less
-    than a page. Generated tokens stay.
+    than a page. Generated tokens stay, unless `evict_while_decoding` says otherwise.
     """
 
     source: ClassVar[str] = "arXiv 2410.23317, section 4"

@@ -5,8 +5,8 @@ import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from fastkv_vllm.adapter.request import tokens_after_image
-from tests.engine.oracle import make_prompts
-from tests.engine.settings import SMALL, TSP
+from tests.engine.oracle import blocks_filled, make_prompts
+from tests.engine.settings import EVICTING, SMALL, TSP
 from tests.reference.images import IMAGE_FAMILY, picture
 
 TEXT = make_prompts([300, 120, 50, 200, 30, 90, 500, 400, 3], seed=5)
@@ -54,6 +54,24 @@ def test_prefix_caching(start, checkpoints):
     for _ in range(2):
         outputs = engine.check([MIDDLE, other, NEAR_THE_END], max_tokens=16)
     assert min(output.num_cached_tokens for output in outputs) > 300
+
+
+def test_evicted_while_decoding(start, checkpoints):
+    """Tokens after the image vote on the prompt, up to a block of the last ones later; nothing of a block is left."""
+    engine = start("vl_cache", SMALL | EVICTING, checkpoint=checkpoints(IMAGE_FAMILY), skip_tokenizer_init=False)
+    prompts, before = [MIDDLE, NEAR_THE_END, NONE, SHORT], engine.totals.decode_blocks_freed
+
+    def preempt(number):
+        if number == 50:
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    with engine.step_tokens(61), engine.watch():
+        engine.check(prompts, max_tokens=70)
+    filled = [blocks_filled(len(prompt), len(prompt) + 70) for prompt in prompts[:3]]
+    assert engine.totals.decode_blocks_freed - before == sum(filled) >= 6
+    with engine.watch(before=preempt):
+        engine.check(prompts[:2], max_tokens=70)
+    assert [p.compressed for p in engine.preemptions] == [True, True]
 
 
 def test_tokens_after_the_last_image():
