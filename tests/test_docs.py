@@ -109,9 +109,11 @@ def test_settings_in_samples_are_valid() -> None:
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_each_method_has_its_section_with_its_source(name: str) -> None:
+def test_each_method_has_its_section_with_what_it_must_say(name: str) -> None:
     section = (ROOT / "docs/methods.md").read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
     assert method_class(name).source in section
+    assert re.search(r"^- Defaults?: ", section, flags=re.MULTILINE)
+    assert re.search(r"^- When: ", section, flags=re.MULTILINE)
 
 
 def test_each_metric_is_documented() -> None:
