@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
-from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows, take_requests
+from fastkv_vllm.adapter.batch import Batch, DecodeRows, LayerRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.encoded import EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
@@ -112,7 +112,7 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, Held]) -> tuple[HeadReads, ...]:
-        assert self.compressor is not None and self.compressor.pool is not None, "set up with the cache"
+        assert self.compressor is not None, "set up with the cache"
         pool, reads = self.compressor.pool, []
         if as_they_are := {number: pages for number, pages in held.items() if isinstance(pages, HeadPages)}:
             rows = rows_of(as_they_are, view, self.block_size)
@@ -179,16 +179,9 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if isinstance(attn_metadata, CompressionMetadata) and (attn_metadata.prefills or attn_metadata.decodes):
             assert attn_metadata.compressor is not None, "set with the prefills"
-            attn_metadata.compressor.after_attention(
-                attn_metadata.prefills,
-                attn_metadata.decodes,
-                layer=_layer_index(layer.layer_name),
-                scale=self.scale,
-                query=query,
-                key=key,
-                value=value,
-                kv_cache=kv_cache,
-            )
+            layer_index, layout = _layer_index(layer.layer_name), attn_metadata.compressor.layout
+            rows = LayerRows(layer_index, self.scale, query, key, value, kv_cache, layout)
+            attn_metadata.compressor.after_attention(attn_metadata.prefills, attn_metadata.decodes, rows)
         return output
 
     def _forward_heads(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.adapter.revival import RevivalStep
@@ -52,6 +53,11 @@ class PrefillRows:
     def rows(self) -> slice:
         return slice(self.first, self.first + self.count)
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """Positions of the entries that these rows' layers see once the prompt has ended, [n] int64."""
+        return torch.arange(self.plan.num_tokens) if self.positions is None else self.positions
+
 
 @dataclass(frozen=True)
 class DecodeRows:
@@ -76,6 +82,44 @@ class DecodeRows:
     @property
     def rows(self) -> slice:
         return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The rows of all requests of a step in one layer, whose attention has run.
+
+    Fields:
+        layer: its index.
+        scale: softmax scale.
+        query: [T, Hq, D]; key, value: [T, H, D]: roped.
+        kv_cache: the layer's cache, [num_blocks, H, block_size, 2 * D], with these rows written.
+        layout: of its pages.
+    """
+
+    layer: int
+    scale: float
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    kv_cache: torch.Tensor
+    layout: PageLayout
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of the layer."""
+        return self.kv_cache.shape[1]
+
+    def keys(self, prefill: PrefillRows) -> torch.Tensor:
+        """Keys of all entries of a prompt so far, [H, n, D]."""
+        if not prefill.start:
+            return self.key[prefill.rows].transpose(0, 1)
+        return self.layout.read_keys(self.kv_cache, prefill.blocks, prefill.start + prefill.count)
+
+    def values(self, prefill: PrefillRows) -> torch.Tensor:
+        """Values of the same, [H, n, D]."""
+        if not prefill.start:
+            return self.value[prefill.rows].transpose(0, 1)
+        return self.layout.read_values(self.kv_cache, prefill.blocks, prefill.start + prefill.count)
 
 
 @dataclass(frozen=True)

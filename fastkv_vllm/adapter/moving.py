@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from fastkv_vllm.adapter.batch import PrefillRows
+from fastkv_vllm.adapter.batch import LayerRows, PrefillRows
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.merged import Held, MergedPages, records
 from fastkv_vllm.adapter.pages import PageLayout
@@ -69,35 +69,27 @@ def pages_read(prefill: PrefillRows, pool: PagePool, num_whole: int) -> HeadPage
     return prefill.held.with_blocks(pool, prefill.blocks[prefill.held.num_whole : num_whole])
 
 
-def even_move(
-    prefill: PrefillRows,
-    kept: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    layout: PageLayout,
-) -> EntryMove:
-    """The kept entries of a layer, [H, K] column numbers, to the blocks that stay, as many of each head.
+def even_move(prefill: PrefillRows, kept: torch.Tensor, rows: LayerRows) -> EntryMove:
+    """The kept entries of a layer to the blocks that stay, as many of each head.
 
     Args:
         prefill: the prompt, which ends.
-        kept: columns that stay before the tail.
-        key, value: rows of this step, [T, H, D].
-        kv_cache: the layer's cache.
-        layout: of its pages.
+        kept: columns that stay before the tail, [H, K].
+        rows: of the layer.
     """
-    plan = prefill.plan
+    plan, layout, kv_cache = prefill.plan, rows.layout, rows.kv_cache
     offsets = torch.arange(plan.block_size)
     slots = (torch.tensor(prefill.destination).unsqueeze(1) * plan.block_size + offsets).flatten()
     if prefill.start:
         return EntryMove(layout, kv_cache, *layout.gather(kv_cache, prefill.blocks, kept), slots)
+    key, value = rows.key[prefill.rows], rows.value[prefill.rows]
     index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
-    keys, values = key[prefill.rows].gather(0, index), value[prefill.rows].gather(0, index)
+    keys, values = key.gather(0, index), value.gather(0, index)
     if prefill.positions is not None and plan.num_tail:
         # The chosen rows were cached densely; the tail's true slots are still empty in this layer.
         tail = prefill.blocks[-1] * plan.block_size + offsets[: plan.num_tail]
-        keys = torch.cat([keys, key[prefill.rows][-plan.num_tail :]])
-        values = torch.cat([values, value[prefill.rows][-plan.num_tail :]])
+        keys = torch.cat([keys, key[-plan.num_tail :]])
+        values = torch.cat([values, value[-plan.num_tail :]])
         slots = torch.cat([slots, tail])
     return EntryMove(layout, kv_cache, keys, values, slots)
 

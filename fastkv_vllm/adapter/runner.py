@@ -21,6 +21,7 @@ from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.kept import LastKept
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
@@ -39,7 +40,6 @@ class CPUCompressionRunner(CPUModelRunner):
 
     def start_compression(self) -> None:
         """Set up what compression holds; call once, after vLLM's own initialiser."""
-        self.compressor = Compressor()
         self._orders: Orders | None = None
         self._tsp: TSPStep | None = None
 
@@ -47,8 +47,12 @@ class CPUCompressionRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._require_our_classes(kv_cache_config)
         self._builder = self.attn_groups[0][0].get_metadata_builder(0)
+        _, _, block_size, width = self.kv_caches[0].shape
+        layout = PageLayout.probe(
+            block_size=block_size, head_dim=width // 2, dtype=self.kv_caches[0].dtype, isa=self._builder.isa
+        )
+        self.compressor = Compressor(self.kv_caches, layout)
         self._builder.compressor = self.compressor
-        self.compressor.use_cache(self.kv_caches, self._builder.isa)
         self.last_kept = LastKept(len(self.kv_caches))
         if STATUS_PLUGIN in (envs.VLLM_PLUGINS or ()):
             self.compressor.watch = self.last_kept.note
@@ -172,7 +176,6 @@ class CPUCompressionRunner(CPUModelRunner):
     def _decode_rows(self, row: int, request_id: str, plan: StepPlan) -> list[DecodeRows]:
         """The rows of a compressed request where it evicts and they matter to that, or none."""
         evictor, block_size = self.compressor.evictor, self._builder.block_size
-        assert evictor is not None, "set with the cache"
         if request_id not in evictor.requests:
             return []
         first, end = self.query_start_loc.np[row : row + 2].tolist()

@@ -90,7 +90,7 @@ class TSPStep:
         layer_names: Mapping[int, str],
         embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self._compressor = compressor
+        self._cuts, self._stats = compressor.cuts, compressor.stats
         self._segments = segments
         self._view: Any = builder.view
         self._builder = builder
@@ -107,7 +107,7 @@ class TSPStep:
         for segment in self._segments:
             if segment.prefill is not None and (layer := segment.prefill.plan.first_cut) is not None:
                 first_cuts.append(layer)
-                self._compressor.stats.tsp_rows_in += segment.count
+                self._stats.tsp_rows_in += segment.count
         return detour(self._layers, min(first_cuts), self._replace)
 
     def scatter(self, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -144,7 +144,7 @@ class TSPStep:
             return False
         if prefill.destination is None:
             return index == prefill.plan.first_cut
-        return prefill.request_id in self._compressor.selected
+        return prefill.request_id in self._cuts.selected
 
     def _cut(
         self, index: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
@@ -163,7 +163,7 @@ class TSPStep:
                 self._stash(index, prefill, hidden[rows] + residual[rows])
             if prefill.destination is None:
                 continue
-            chosen = self._compressor.selected.pop(prefill.request_id)
+            chosen = self._cuts.selected.pop(prefill.request_id)
             self._count(index, prefill, len(chosen))
             if prefill.plan.reads_again:
                 again = replace(segment, count=len(chosen), prefill=_short_prompt(prefill, len(chosen)))
@@ -184,7 +184,7 @@ class TSPStep:
         """The cuts of a prompt, and the rows that go on after its last."""
         if num_rows == prefill.plan.num_tokens:
             return  # rows come out of the stash, none is cut
-        stats = self._compressor.stats
+        stats = self._stats
         stats.cut_layers[index] = stats.cut_layers.get(index, 0) + 1
         if num_rows == prefill.plan.cuts[-1][1]:
             stats.tsp_rows_out += num_rows
@@ -210,7 +210,7 @@ class TSPStep:
         return hidden, residual, prefill.positions
 
     def _stash(self, index: int, prefill: PrefillRows, stream: torch.Tensor) -> None:
-        stash, plan = self._compressor.stash, prefill.plan
+        stash, plan = self._cuts.stash, prefill.plan
         if prefill.request_id not in stash:
             num_sets = plan.num_stash_rows // plan.num_tokens
             stash[prefill.request_id] = stream.new_empty(num_sets, plan.num_tokens, stream.shape[1])
@@ -231,7 +231,7 @@ class TSPStep:
         The stash has all before them at a prompt's first cut; at later cuts there are none before.
         """
         if prefill.start:
-            before = self._compressor.stash[prefill.request_id][0, : prefill.start]
+            before = self._cuts.stash[prefill.request_id][0, : prefill.start]
             return gather_stream(before, hidden, residual, chosen)
         return gather_stream(hidden[:0], hidden, residual, torch.searchsorted(positions, chosen))
 

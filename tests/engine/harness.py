@@ -249,9 +249,11 @@ class Engine:
         assert not left, f"left in the manager: {left}"
         assert not self.scheduler._reports, "reports of requests that are gone"
         if self.core.vllm_config.parallel_config.world_size == 1:
+            votes, cuts = self.compressor.votes, self.compressor.cuts
             held = {
-                name: list(getattr(self.compressor, name))
-                for name in ("windows", "sums", "stash", "selected", "went_on")
+                name: list(getattr(owner, name))
+                for owner, names in ((votes, ("windows", "sums")), (cuts, ("stash", "selected", "went_on")))
+                for name in names
             }
             assert not any(held.values()), f"left in the worker: {held}"
             # The worker is told that a request is gone with the next step that is scheduled.

@@ -13,17 +13,18 @@ from tests.engine.settings import ENCODED, EXACT, MIXED, RAGGED, SERVER
 
 def record(worker):
     """Keep what is chosen from now on."""
-    import fastkv_vllm.adapter.compressor as compressor
+    from fastkv_vllm.adapter import compressor, cuts, uneven
+    from fastkv_vllm.kernels.select import select, select_ragged
 
-    found, select, select_ragged = [], compressor.select, compressor.select_ragged
+    found = []
 
     def recorded_ragged(scores, num_kept):
         kept = select_ragged(scores, num_kept)
         found.append([head.tolist() for head in kept.split(num_kept.tolist())])
         return kept
 
-    compressor.select = lambda *args: found.append(select(*args).tolist()) or select(*args)
-    compressor.select_ragged = recorded_ragged
+    compressor.select = cuts.select = lambda *args: found.append(select(*args).tolist()) or select(*args)
+    uneven.select_ragged = recorded_ragged
     worker.fastkv_test_selections = found
 
 

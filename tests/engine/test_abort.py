@@ -26,7 +26,7 @@ def test_abort_after_some_steps(engine, num_steps):
     with engine.step_tokens(STEP):
         for _ in range(num_steps):
             finished += llm.step()
-        holds_stash = [rid for rid in engine.compressor.stash if rid.startswith("victim")]
+        holds_stash = [rid for rid in engine.compressor.cuts.stash if rid.startswith("victim")]
         assert bool(holds_stash) == (engine.config.uses_tsp and 0 < num_steps < 5)
         assert engine.totals.requests_compressed - before == (num_steps >= 5) + (num_steps >= 8)
         finished += engine.abort("victim")

@@ -4,6 +4,8 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 import fastkv_vllm.adapter.compressor
+import fastkv_vllm.adapter.cuts
+from fastkv_vllm.kernels.select import select
 from tests.engine.harness import sampling
 from tests.engine.oracle import clear, make_prompts
 from tests.engine.settings import METHODS
@@ -32,10 +34,8 @@ def test_the_question_has_no_say(engine, monkeypatch):
     """Two questions behind one context: the same entries stay; without the boundary they do not."""
     context, questions = PROMPTS[0][:900], (PROMPTS[1][:40], PROMPTS[2][:40])
     chosen = []
-    select = fastkv_vllm.adapter.compressor.select
-    monkeypatch.setattr(
-        fastkv_vllm.adapter.compressor, "select", lambda *args: chosen.append(select(*args)) or chosen[-1]
-    )
+    for module in (fastkv_vllm.adapter.compressor, fastkv_vllm.adapter.cuts):
+        monkeypatch.setattr(module, "select", lambda *args: chosen.append(select(*args)) or chosen[-1])
 
     def kept(question, num_context):
         chosen.clear()

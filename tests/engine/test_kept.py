@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import fastkv_vllm.adapter.compressor
+import fastkv_vllm.adapter.cuts
+from fastkv_vllm.kernels.select import select
 from fastkv_vllm.methods import method_class
 from tests.engine.harness import sampling
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, reference
@@ -35,10 +37,8 @@ def engine(request, start):
 def selections(monkeypatch):
     """Results of all choices, in order: per layer the kept columns, after those of the rows that go on at a cut."""
     found = []
-    select = fastkv_vllm.adapter.compressor.select
-    monkeypatch.setattr(
-        fastkv_vllm.adapter.compressor, "select", lambda *args: found.append(select(*args)) or found[-1]
-    )
+    for module in (fastkv_vllm.adapter.compressor, fastkv_vllm.adapter.cuts):
+        monkeypatch.setattr(module, "select", lambda *args: found.append(select(*args)) or found[-1])
     return found
 
 

@@ -23,7 +23,7 @@ def engine(start):
 def streams(engine):
     """Rows that the worker holds, of prompts in prefill and of those that decode."""
     held = [pages.streams for pages in engine.compressor.held.values() if isinstance(pages, RevivablePages)]
-    return [*engine.compressor.stash.values(), *held]
+    return [*engine.compressor.cuts.stash.values(), *held]
 
 
 def test_as_many_come_back_as_in_the_reference(engine):

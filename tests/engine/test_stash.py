@@ -16,7 +16,7 @@ def test_the_stash_stays_within_its_bound(start, max_tsp_tokens):
     held, reported, waited = [], [], []
 
     def look(output):
-        held.append(sum(rows.nbytes for rows in engine.compressor.stash.values()))
+        held.append(sum(rows.nbytes for rows in engine.compressor.cuts.stash.values()))
         reported.append(engine.totals.worker.stash_bytes)
         waited.append(len(engine.scheduler.running) < min(8, engine.scheduler.get_num_unfinished_requests()))
 
@@ -35,7 +35,7 @@ def test_without_a_tight_bound_more_is_stashed(start):
     held = []
     with (
         engine.step_tokens(320),
-        engine.watch(after=lambda _: held.append(sum(rows.nbytes for rows in engine.compressor.stash.values()))),
+        engine.watch(after=lambda _: held.append(sum(rows.nbytes for rows in engine.compressor.cuts.stash.values()))),
     ):
         engine.check(PROMPTS)
     assert max(held) > 2000 * ROW_BYTES
