@@ -17,7 +17,7 @@ BLOCK_SIZES = (16, 32, 128)
 
 @st.composite
 def arguments(draw: st.DrawFn) -> dict[str, Any]:
-    """Keyword arguments of `plan_prompt`, lengths near multiples of the block size as often as any."""
+    """Keyword arguments of `fit`, lengths near multiples of the block size as often as any."""
     block_size = draw(st.sampled_from(BLOCK_SIZES))
     near = st.builds(lambda n, d: max(n * block_size + d, 1), st.integers(0, 40), st.integers(-2, 2))
     num_tokens = draw(st.one_of(st.integers(1, 5000), near))
@@ -29,14 +29,22 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         "cuts": list(enumerate(sorted(draw(st.lists(st.integers(0, num_tokens + 1), max_size=4)), reverse=True))),
         "window_size": window_size,
         "num_sink": draw(st.integers(0, 40)),
-        "num_recent": draw(st.integers(0, num_tokens)),
+        "num_recent": max(draw(st.integers(0, num_tokens)), window_size),
         "min_tokens": draw(st.integers(window_size + 1, 600)),
         "evicts": draw(st.booleans()),
     }
 
 
+def fit(
+    *, num_kept: int, min_tokens: int, most_kept: int | None = None, window_size: int, **draft: Any
+) -> PromptPlan | LeftAlone:
+    """`plan_prompt` of a draft with such fields, where the window votes."""
+    unfitted = PromptPlan(num_pages=0, window_size=window_size, num_voters=window_size, **draft)
+    return plan_prompt(unfitted, num_kept=num_kept, min_tokens=min_tokens, most_kept=most_kept)
+
+
 def plan_of(arguments: dict[str, Any]) -> PromptPlan:
-    plan = plan_prompt(**arguments)
+    plan = fit(**arguments)
     assume(isinstance(plan, PromptPlan))
     return plan
 
@@ -81,7 +89,6 @@ def check_plan(plan: PromptPlan, num_kept: int, cuts: list[tuple[int, int]]) -> 
 def test_plans(arguments: dict[str, Any]) -> None:
     plan = plan_of(arguments)
     check_plan(plan, arguments["num_kept"], arguments["cuts"])
-    assert plan.num_recent == max(arguments["num_recent"], arguments["window_size"])
 
 
 @given(arguments(), st.integers(0, 3000))
@@ -89,12 +96,12 @@ def test_plans(arguments: dict[str, Any]) -> None:
 def test_a_guard_raises_a_plan_to_that_of_its_ceiling(arguments: dict[str, Any], more: int) -> None:
     """Where the budget leaves a prompt alone, so does the guard."""
     ceiling = arguments["num_kept"] + more
-    plan, bare = plan_prompt(**arguments, most_kept=ceiling), plan_prompt(**arguments)
+    plan, bare = fit(**arguments, most_kept=ceiling), fit(**arguments)
     if not isinstance(bare, PromptPlan):
         assert plan is bare
         return
     assert isinstance(plan, PromptPlan) and plan.planned_pages == bare.num_pages and bare.planned_pages is None
-    raised = plan_prompt(**arguments | {"num_kept": ceiling})
+    raised = fit(**arguments | {"num_kept": ceiling})
     if isinstance(raised, PromptPlan):
         assert replace(plan, planned_pages=None) == raised
     else:
@@ -105,13 +112,12 @@ def test_a_guard_raises_a_plan_to_that_of_its_ceiling(arguments: dict[str, Any],
 @settings(max_examples=400, derandomize=True, deadline=None)
 def test_a_prompt_is_left_alone_for_a_reason(arguments: dict[str, Any]) -> None:
     num_tokens, block_size = arguments["num_tokens"], arguments["block_size"]
-    plan = plan_prompt(**arguments)
+    plan = fit(**arguments)
     assert (plan is LeftAlone.SHORT) == (num_tokens < arguments["min_tokens"])
     if plan is LeftAlone.BUDGET_COVERS_PROMPT:
         plain = ceil(num_tokens / block_size)
-        num_recent = max(arguments["window_size"], arguments["num_recent"])
         window = arguments["window_size"] if arguments["evicts"] else 0
-        forced = pages_forced(num_tokens, block_size, num_recent, arguments["num_sink"], window)
+        forced = pages_forced(num_tokens, block_size, arguments["num_recent"], arguments["num_sink"], window)
         covered = ceil(arguments["num_kept"] / block_size) >= plain
         assert covered or forced >= num_tokens // block_size, "a block could have been freed"
 
@@ -170,13 +176,14 @@ def test_every_short_prompt(block_size: int, window_size: int) -> None:
     compressed = 0
     for num_tokens in range(1, 301):
         for num_kept in (0, 1, window_size, num_tokens // 10, num_tokens // 2, num_tokens - 1, num_tokens):
-            plan = plan_prompt(
-                num_tokens,
+            plan = fit(
+                num_tokens=num_tokens,
                 block_size=block_size,
                 num_kept=num_kept,
                 cuts=[(3, num_tokens // 5)],
                 window_size=window_size,
                 num_sink=2,
+                num_recent=window_size,
                 min_tokens=window_size + 1,
             )
             if isinstance(plan, PromptPlan):

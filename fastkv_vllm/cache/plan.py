@@ -1,4 +1,4 @@
-"""The arithmetic of budgets: from a prompt's length to whole pages, and the orders of one engine step.
+"""What stays of one prompt, and how many blocks that takes at each point of its life.
 
 Positions of a prompt of P tokens, m = P // block_size whole blocks:
 
@@ -22,57 +22,12 @@ ones and the most recent ones.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-
-class LeftAlone(Enum):
-    """Why a prompt is not compressed."""
-
-    SHORT = "short"
-    BUDGET_COVERS_PROMPT = "budget_covers_prompt"
-    SESSION = "session"  # its prompt may still grow
-    REQUESTED = "requested"  # the request wants no compression
-
-
-@dataclass(frozen=True)
-class Streaming:
-    """How heads let go of entries while a prompt is read: those that keep less than all of it.
-
-    Whenever `period` more blocks have been read, a head that holds more than its pages keeps its first ones and its
-    most recent ones of them. Where that is does not depend on how the prompt is cut into chunks.
-
-    Fields:
-        period: blocks between stops.
-        num_sink_pages: first pages of a head that it never lets go of.
-        pages: that each layer and KV head may hold after a stop, more than num_sink_pages, [L][H].
-    """
-
-    period: int
-    num_sink_pages: int
-    pages: tuple[tuple[int, ...], ...]
-
-    def of_rank(self, rank: int, num_ranks: int) -> "Streaming":
-        """The same for the KV heads of one of so many ranks, which hold them in order, equally many each."""
-        width = len(self.pages[0]) // num_ranks
-        return replace(self, pages=tuple(layer[rank * width : (rank + 1) * width] for layer in self.pages))
-
-    @property
-    def first_stop(self) -> int:
-        """Blocks read at the first stop where a head lets go of something."""
-        return (min(map(min, self.pages)) // self.period + 1) * self.period
-
-    def counts(self, num_blocks: int) -> list[list[int]]:
-        """Pages of each layer and KV head after a stop with so many blocks read, [L][H]."""
-        return [[min(pages, num_blocks) for pages in layer] for layer in self.pages]
-
-    def num_blocks(self, num_blocks: int) -> int:
-        """Blocks that hold these pages."""
-        counts = self.counts(num_blocks)
-        return -(-sum(map(sum, counts)) // sum(map(len, counts)))
+from fastkv_vllm.cache.streaming import Streaming
 
 
 @dataclass(frozen=True)
@@ -303,136 +258,3 @@ class PromptPlan:
             in_codes = self.num_encoded_blocks(num_tokens) - self.num_code_blocks(num_tokens) - 1
             later = min(later, num_tokens - in_codes * self.block_size)
         return max(peak, later)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Orders of one engine step, from the scheduler to the workers.
-
-    Fields:
-        prefills: requests of this step whose prompt was unfinished before it.
-        destinations: requests that finish their prompt in this step -> ids of the blocks that take their kept pages.
-        null_blocks: requests of this step that hold compressed pages from an earlier one -> leading null blocks of
-            their table.
-        streaming: requests that let go of entries in this step and whose prompt goes on -> ids of the blocks that hold
-            the others.
-        partial: requests whose prompt is unfinished after this step; workers forget all others' prefill state.
-        compressed: requests that hold compressed pages after this step; workers forget all others' page tables.
-        evicting: requests compressed in an earlier step whose last block is full after this one: it is given back.
-        encoding: requests compressed in an earlier step of which another block lies before the residual window after
-            this one: it is encoded, and given back or, where true, a place for codes.
-        renumbered: requests compressed in an earlier step whose prompt was read again: their rows follow the short one,
-            at positions as much lower as the null blocks have slots.
-    """
-
-    prefills: Mapping[str, PromptPlan]
-    destinations: Mapping[str, list[int]]
-    streaming: Mapping[str, list[int]]
-    null_blocks: Mapping[str, int]
-    partial: frozenset[str]
-    compressed: frozenset[str]
-    evicting: frozenset[str] = frozenset()
-    encoding: Mapping[str, bool] = field(default_factory=dict)
-    renumbered: frozenset[str] = frozenset()
-
-
-def plan_prompt(
-    num_tokens: int,
-    *,
-    block_size: int,
-    num_kept: int,
-    cuts: Sequence[tuple[int, int]],
-    window_size: int,
-    num_sink: int,
-    min_tokens: int,
-    num_voters: int = 0,
-    num_recent: int = 0,
-    is_ragged: bool = False,
-    cut_from: int | None = None,
-    reads_again: bool = False,
-    layers_keep_rows: bool = False,
-    evicts: bool = False,
-    residual: int = 0,
-    page_entries: int | None = None,
-    encodes: bool = False,
-    layer_owners: tuple[int, ...] = (),
-    pair_entries: int | None = None,
-    pair_retained: float = 0.0,
-    revives: bool = False,
-    most_kept: int | None = None,
-) -> PromptPlan | LeftAlone:
-    """Round a budget to whole pages.
-
-    Blocks held after the prompt are ceil(num_kept / block_size), one of them the partial tail block if there is
-    one, so that a request never holds a block more than its budget; entries kept are within block_size - 1 of
-    num_kept. Only forced entries raise it: sinks, window and recent ones always find room.
-
-    Args:
-        num_tokens: tokens of the prompt.
-        block_size: tokens per block.
-        num_kept: budget per (layer, KV head), window included.
-        cuts: layers, ascending, and the rows wished after each; raised to what stays. Cuts that drop none are left out.
-        window_size: last tokens that always stay.
-        num_sink: first tokens that always stay.
-        min_tokens: prompts below this are left alone; more than window_size.
-        num_voters: last tokens whose queries vote, at most num_tokens; 0: those of the window.
-        num_recent: last tokens that always stay, if more than the window; below num_kept.
-        is_ragged: layers and KV heads share the pages unevenly.
-        cut_from: earliest layer of the cut, where the worker decides and `cuts` has its latest.
-        reads_again: the rows after the cut are read again, and just those stay.
-        layers_keep_rows: each layer keeps rows that a cut leaves, all of them; num_kept is the mean over layers of
-            the rows wished. Rows are then whole pages beside the tail, fewer rather than more, and the mean is what
-            they may add up to.
-        evicts: entries are evicted while decoding.
-        residual: last tokens that stay as they are where the others are encoded, below min_tokens.
-        page_entries: encoded entries that a page has room for, more than block_size; None: entries stay as they are.
-        encodes: blocks that leave the residual window later are encoded, too.
-        layer_owners: layer whose entries each layer reads after the prompt, not with page_entries; empty: its own.
-        pair_entries: records of merged entries that a page has room for, where a layer and its owner are merged.
-        pair_retained: share of the entries that may stay out of that.
-        revives: see `PromptPlan`.
-        most_kept: budget that a guard may raise the other to, at least num_kept; not with layers_keep_rows. It decides
-            what is given back at first, and how many rows go on. None: no guard.
-    """
-    if num_tokens < min_tokens:
-        return LeftAlone.SHORT
-    plan = PromptPlan(
-        num_tokens,
-        block_size,
-        0,
-        (),
-        window_size,
-        num_voters or window_size,
-        num_sink,
-        max(window_size, num_recent),
-        is_ragged,
-        evicts,
-        residual=residual,
-        page_entries=page_entries,
-        encodes=encodes,
-        layer_owners=layer_owners,
-        pair_entries=pair_entries,
-        pair_retained=pair_retained,
-        revives=revives,
-    )
-    tail = plan.num_tail
-    fewest = plan.least_pages * block_size + tail
-    num_pages = -(-num_kept // block_size) - -(-tail // block_size)
-    if layers_keep_rows:
-        raised = max([0, *(fewest - wished for _, wished in cuts)])
-        num_pages = (num_kept + raised - tail) // block_size + 1
-        cuts = [(layer, (wished - tail) // block_size * block_size + tail) for layer, wished in cuts]
-    plan = replace(plan, num_pages=min(max(num_pages, plan.least_pages), plan.num_whole_blocks))
-    if plan.num_freed_blocks <= 0:
-        return LeftAlone.BUDGET_COVERS_PROMPT
-    if most_kept is not None:
-        most_pages = -(-most_kept // block_size) - -(-tail // block_size)
-        num_pages = min(max(most_pages, plan.num_pages), plan.num_whole_blocks)
-        plan = replace(plan, num_pages=num_pages, planned_pages=plan.num_pages)
-    least = fewest if layers_keep_rows else plan.num_kept
-    num_rows, effective = num_tokens, []
-    for layer, wished in cuts:
-        if max(wished, least) < num_rows:
-            num_rows = max(wished, least)
-            effective.append((layer, num_rows))
-    return replace(plan, cuts=tuple(effective), cut_from=cut_from if effective else None, reads_again=reads_again)

@@ -364,51 +364,65 @@ class CompressionConfig:
         """
         assert self.num_sink is not None and self.recent_share is not None, "filled in by __post_init__"
         assert self.evict_while_decoding is not None, "filled in by __post_init__"
+        assert entry is not None or self.codec == NO_CODEC, "a codec stores entries of some shape"
         num_kept = int(num_tokens * self.retention_ratio) if self.retention_ratio is not None else self.budget
         assert num_kept is not None, "one of retention_ratio and budget is set"
-        assert entry is not None or self.codec == NO_CODEC, "a codec stores entries of some shape"
         cls = method_class(self.method)
-        num_recent = int(num_kept * self.recent_share)
-        num_voters = num_recent if cls.recent_ones_vote and num_recent > self.window_size else self.window_size
-        if num_after_image and cls.most_voters_after_image:
-            num_voters = min(num_after_image, cls.most_voters_after_image)
-        cuts: list[tuple[int, int]] = []
-        if self.uses_tsp and self.tsp_layers:
-            rows = each(self.tsp_tokens) or [int(num_tokens * share) for share in each(self.tsp_ratio)]
-            if cls.reads_again:
-                rows = [0]  # raised to what stays
-            cuts = list(zip(self.tsp_layers, rows, strict=True))
+        num_recent = max(int(num_kept * self.recent_share), self.window_size)
+        cuts = self._wished_cuts(num_tokens)
         owners = self.layer_owners if isinstance(self.layer_owners, tuple) else ()
         late = self.halting_loss is not None or self.min_attention_recall is not None  # known when all layers have run
-        is_ragged = late or self.make_allocator().is_ragged or bool(owners)
-        pair_entries = None
-        if owners and self.merge_layers is not None:
-            assert entry is not None, "records are of entries of some shape"
-            pair_entries = self.pair_codec().page_entries(block_size, entry)
-        plan = plan_prompt(
+        draft = PromptPlan(
             num_tokens,
-            block_size=block_size,
-            num_kept=num_kept,
+            block_size,
+            num_pages=0,
             cuts=cuts,
             window_size=self.window_size,
+            num_voters=self._num_voters(num_recent, num_after_image),
             num_sink=self.num_sink,
-            min_tokens=self.min_tokens,
-            num_voters=num_voters,
             num_recent=num_recent,
-            reads_again=cls.reads_again and bool(cuts),
-            cut_from=None if self.min_tsp_layer is None else self.min_tsp_layer + 1,
-            is_ragged=is_ragged,
-            layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
+            is_ragged=late or self.make_allocator().is_ragged or bool(owners),
             evicts=self.evict_while_decoding,
+            cut_from=None if self.min_tsp_layer is None else self.min_tsp_layer + 1,
+            reads_again=cls.reads_again and bool(cuts),
             residual=self.residual_window or 0,
-            encodes=bool(self.encode_generated),
             page_entries=None if entry is None else self.page_entries(block_size, entry),
+            encodes=bool(self.encode_generated),
             layer_owners=owners,
-            pair_entries=pair_entries,
+            pair_entries=self._pair_entries(block_size, entry) if owners else None,
             pair_retained=self.merge_gamma or 0.0,
             revives=cls.revives,
+        )
+        plan = plan_prompt(
+            draft,
+            num_kept=num_kept,
+            min_tokens=self.min_tokens,
+            layers_keep_rows=cls.layer_budgets in CUT_BUDGETS,
             most_kept=None if self.max_retention_ratio is None else int(num_tokens * self.max_retention_ratio),
         )
         if self.streams and isinstance(self.head_weights, tuple) and isinstance(plan, PromptPlan):
             return dataclasses.replace(plan, streaming=self.make_allocator().streaming(plan))
         return plan
+
+    def _num_voters(self, num_recent: int, num_after_image: int) -> int:
+        """Last tokens whose queries vote, of a prompt with so many recent ones and so many after its last image."""
+        cls = method_class(self.method)
+        if num_after_image and cls.most_voters_after_image:
+            return min(num_after_image, cls.most_voters_after_image)
+        return num_recent if cls.recent_ones_vote else self.window_size
+
+    def _wished_cuts(self, num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Layers after which rows of a prompt are cut, and how many are to go on."""
+        if not (self.uses_tsp and self.tsp_layers):
+            return ()
+        rows = each(self.tsp_tokens) or [int(num_tokens * share) for share in each(self.tsp_ratio)]
+        if method_class(self.method).reads_again:
+            rows = [0]  # raised to what stays
+        return tuple(zip(self.tsp_layers, rows, strict=True))
+
+    def _pair_entries(self, block_size: int, entry: EntryShape | None) -> int | None:
+        """Records of merged entries that a page has room for; None: layers are not merged."""
+        if self.merge_layers is None:
+            return None
+        assert entry is not None, "records are of entries of some shape"
+        return self.pair_codec().page_entries(block_size, entry)
