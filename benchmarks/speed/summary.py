@@ -41,6 +41,17 @@ def _tokens_per_s(raw: Raw, load: Raw) -> Value:
     return load["num_requests"] * (load["prompt_tokens"] + load["output_tokens"]) / raw["cpu_s"]
 
 
+def _wall_tokens_per_s(raw: Raw, load: Raw) -> Value:
+    return load["num_requests"] * (load["prompt_tokens"] + load["output_tokens"]) / raw["wall_s"]
+
+
+def _tpot_wall_ms(raw: Raw, load: Raw) -> Value:
+    """Of a request alone: from its first token to its last."""
+    if load["num_requests"] > 1:
+        return None
+    return (raw["wall_s"] - raw["first_token_wall_s"]) / (load["output_tokens"] - 1) * 1e3
+
+
 def _decode_tokens_per_s(raw: Raw, load: Raw) -> Value:
     return raw["decode_tokens"] / raw["decode_cpu_s"] if raw["decode_cpu_s"] else None
 
@@ -70,6 +81,8 @@ FIGURES = {
     "tokens_per_s": Figure("tokens/CPU s", _tokens_per_s, "higher", "{:.1f}".format),
     "decode_tokens_per_s": Figure("decode tokens/CPU s", _decode_tokens_per_s, "higher", "{:.1f}".format),
     "step_ms": Figure("CPU ms a decode step", _field("step_ms"), "lower"),
+    "wall_tokens_per_s": Figure("tokens/s", _wall_tokens_per_s, "higher", "{:.0f}".format),
+    "tpot_wall_ms": Figure("ms a token", _tpot_wall_ms, "lower"),
     "peak_running": Figure("at once", _field("peak_running"), form="{:.0f}".format),
     "num_preemptions": Figure("preempted", _field("num_preemptions"), form="{:.0f}".format),
     "pool_mib": Figure("pool MiB", lambda raw, load: raw["pool_bytes"] / 2**20, form="{:.0f}".format),
