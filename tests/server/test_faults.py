@@ -32,6 +32,13 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
+def single() -> Iterator[Server]:
+    """One engine of one rank; ended by the test that uses it."""
+    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=FLAGS, env=ENVIRONMENT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def replicas() -> Iterator[Server]:
     """Two engines behind one address; ended by the last test that uses it."""
     extra = (*FLAGS, "--data-parallel-size", "2")
@@ -176,30 +183,39 @@ def test_both_replicas_compress(replicas: Server) -> None:
 
 
 @pytest.mark.slow
-def test_a_dead_engine_ends_the_server(replicas: Server) -> None:
+def test_a_dead_replica_ends_the_server(replicas: Server) -> None:
     """No request is answered as if it were whole, and whoever looks after the server sees that it failed."""
-    streams = [Stream(replicas, example, max_tokens=900) for example in LONG[:4]]
-    wait_until(lambda: all(stream.begun for stream in streams), "all are being answered")
-    processes = processes_of(replicas)
-    engine = next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
-    engine.kill()
-    for stream in streams:
-        stream.join(PATIENCE_S)
-        assert stream.end == "abort" or isinstance(stream.end, openai.APIError), stream.end
-    assert exit_status(processes) not in (0, None)
+    streams = answering(replicas, 4)
+    assert status_after_death(replicas, "EngineCore", streams) not in (0, None)
+
+
+@pytest.mark.slow
+def test_a_dead_engine_ends_the_server(single: Server) -> None:
+    """With status 0, which is vLLM's: docs say so to whoever looks after the server."""
+    streams = answering(single, 2)
+    assert status_after_death(single, "EngineCore", streams) == 0
 
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_server(ranks: Server) -> None:
     """With status 0, which is vLLM's: docs say so to whoever looks after the server."""
     assert answer(ranks, LONG[2]) == LONG[2].answer
-    streams = [Stream(ranks, example, max_tokens=900) for example in LONG[:2]]
-    wait_until(lambda: all(stream.begun for stream in streams), "all are being answered")
+    streams = answering(ranks, 2)
     assert sample_value(ranks.metrics(), "vllm:fastkv_requests_compressed_total") == 3
-    processes = processes_of(ranks)
-    worker = [process for process in processes if "Worker" in " ".join(process.cmdline())][-1]
-    worker.kill()
+    assert status_after_death(ranks, "Worker", streams) == 0
+
+
+def answering(server: Server, num: int) -> list[Stream]:
+    streams = [Stream(server, example, max_tokens=900) for example in LONG[:num]]
+    wait_until(lambda: all(stream.begun for stream in streams), "all are being answered")
+    return streams
+
+
+def status_after_death(server: Server, name: str, streams: list[Stream]) -> int:
+    """The server's exit status once its last process of this name was killed; no stream ends as if it were whole."""
+    processes = processes_of(server)
+    [process for process in processes if name in " ".join(process.cmdline())][-1].kill()
     for stream in streams:
         stream.join(PATIENCE_S)
         assert stream.end == "abort" or isinstance(stream.end, openai.APIError), stream.end
-    assert exit_status(processes) == 0
+    return exit_status(processes)
