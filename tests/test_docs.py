@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastkv_vllm.adapter.conflicts import CONFLICTS
-from fastkv_vllm.adapter.metrics import COUNTERS, STASH_BYTES
+from fastkv_vllm.adapter.metrics import BLOCK_TOKENS, COUNTERS, POOL_TOKENS, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, UNIFORM, method_class, method_names
 
@@ -118,7 +118,7 @@ def test_each_method_has_its_section_with_what_it_must_say(name: str) -> None:
 
 def test_each_metric_is_documented() -> None:
     text = (ROOT / "docs/operations.md").read_text()
-    for name in [*(f"{counter}_total" for counter in COUNTERS), STASH_BYTES]:
+    for name in [*(f"{counter}_total" for counter in COUNTERS), STASH_BYTES, POOL_TOKENS, BLOCK_TOKENS]:
         assert f"`{name}`" in text, name
 
 

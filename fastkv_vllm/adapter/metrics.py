@@ -14,6 +14,7 @@ from fastkv_vllm.cache import LeftAlone
 LEFT_ALONE = "vllm:fastkv_requests_left_alone"
 CUTS = "vllm:fastkv_cuts"
 STASH_BYTES = "vllm:fastkv_stash_bytes"
+POOL_TOKENS, BLOCK_TOKENS = "vllm:fastkv_pool_tokens", "vllm:fastkv_block_tokens"
 # Counter -> labels beside those all have, and documentation; units are in the names.
 COUNTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "vllm:fastkv_requests_compressed": (
@@ -80,6 +81,7 @@ class FastKVStatLogger(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Iterable[int] = (0,)) -> None:
         self._config = vllm_config.additional_config.get("fastkv")
+        self._cache = vllm_config.cache_config
         self._model_name = vllm_config.model_config.served_model_name
         self._engines = list(engine_indexes)
         self._counters: dict[str, Counter] = {}
@@ -89,12 +91,10 @@ class FastKVStatLogger(AggregateStatLoggerBase):
         if self._config is None:
             return
         self._counters = {name: Counter(name, text, [*_LABELS, *own]) for name, (own, text) in COUNTERS.items()}
-        self._stash = Gauge(
-            STASH_BYTES,
-            "Bytes of rows that wait for their prompt's last chunk or may come back.",
-            _LABELS,
-            multiprocess_mode="mostrecent",
-        )
+        self._stash = _gauge(STASH_BYTES, "Bytes of rows that wait for their prompt's last chunk or may come back.")
+        pool = _gauge(POOL_TOKENS, "Tokens that the engine's blocks hold uncompressed.")
+        block = _gauge(BLOCK_TOKENS, "Tokens that a block holds uncompressed.")
+        num_blocks = self._cache.num_gpu_blocks // len(self._engines)  # known only now; vLLM gives that of all engines
         # What is known to come is there from the start, at 0: the server's own method, and each reason. Layers are not.
         first: dict[tuple[str, ...], list[tuple[str, ...]]] = {
             (): [()],
@@ -107,6 +107,8 @@ class FastKVStatLogger(AggregateStatLoggerBase):
                 for values in first[own]:
                     self._counters[name].labels(self._model_name, str(engine), *values)
             self._stash.labels(self._model_name, str(engine)).set(0)
+            pool.labels(self._model_name, str(engine)).set(num_blocks * self._cache.block_size)
+            block.labels(self._model_name, str(engine)).set(self._cache.block_size)
 
     def record(
         self,
@@ -124,3 +126,7 @@ class FastKVStatLogger(AggregateStatLoggerBase):
                 self._stash.labels(*labels).set(value)
             elif value:
                 self._counters[name].labels(*labels, *own).inc(value / 1e6 if name.endswith("_seconds") else value)
+
+
+def _gauge(name: str, text: str) -> Gauge:
+    return Gauge(name, text, _LABELS, multiprocess_mode="mostrecent")

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.server import sample_value
 from benchmarks.soak import draw, soak
 from benchmarks.tiny_model.language import make_example
-from fastkv_vllm.adapter.metrics import COUNTERS, CUTS, LEFT_ALONE, STASH_BYTES
+from fastkv_vllm.adapter.metrics import BLOCK_TOKENS, COUNTERS, CUTS, LEFT_ALONE, POOL_TOKENS, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
 from tests.deploy.conftest import metrics_of, queries
 from tests.server.conftest import MODEL, SETTINGS, client_of
@@ -62,7 +62,11 @@ def test_a_compressing_server_answers_and_counts(compressing_server):
 
 def test_the_metrics_are_there_with_their_labels(compressing_server):
     samples, labels = compressing_server.metrics(), {"model_name": MODEL, "engine": "0"}
-    assert [sample.labels for sample in samples[STASH_BYTES]] == [labels]
+    for name in (STASH_BYTES, POOL_TOKENS, BLOCK_TOKENS):
+        assert [sample.labels for sample in samples[name]] == [labels], name
+    (cache,) = (sample.labels for sample in samples["vllm:cache_config_info"])
+    assert sample_value(samples, BLOCK_TOKENS) == BLOCK_SIZE
+    assert sample_value(samples, POOL_TOKENS) == int(cache["num_gpu_blocks"]) * BLOCK_SIZE > 0
     for name, (own, _) in COUNTERS.items():
         found = [sample.labels for sample in samples.get(f"{name}_total", ())]
         assert all(set(names) == {*labels, *own} for names in found), name
