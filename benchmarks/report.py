@@ -8,7 +8,7 @@ beside it, so that no figure is written by hand:
 | `command REPORT` | the command that made a report |
 | `machine REPORT` | what it ran on |
 | `table quality PROTOCOL` (`quality_cuts`, `quality_codecs`, `quality_guard`) | a table |
-| `table speed SCENARIO`, `table oracle` (`kvpress`, `roofline`) | a table |
+| `table speed SCENARIO`, `table oracle` (`differences`, `kvpress`, `roofline`) | a table |
 | `speed CASE SETUP FIGURE [ratio]` | a median of the speed report, or its ratio to plain vLLM |
 | `quality METHOD TASK LENGTH PROTOCOL [2+]` | a mean score |
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import quality
 from benchmarks.model import comparison_table
+from benchmarks.oracle.differences import DIFFERENCES
 from benchmarks.roofline import compare_measured
 from benchmarks.speed.report import tables as speed_tables
 from benchmarks.speed.scenarios import SCENARIOS
@@ -57,7 +58,8 @@ def table(kind: str, name: str = "") -> str:
         return dict(quality.tables(read(kind)))[name]
     if kind == "speed":
         return dict(speed_tables(read("speed")))[SCENARIOS[name].title]
-    return {"oracle": _oracle, "kvpress": _kvpress, "roofline": _roofline}[kind]()
+    tables = {"oracle": _oracle, "differences": _differences, "kvpress": _kvpress, "roofline": _roofline}
+    return tables[kind]()
 
 
 def speed(case: str, setup: str, figure: str, ratio: str = "") -> str:
@@ -83,7 +85,7 @@ def _oracle() -> str:
         rows.append(
             [
                 f"{pair['method']} {pair['config']['retention_ratio']:g}",
-                f"{pair['press']} ({settings})",
+                f"{pair['press']} ({settings})" if settings else pair["press"],
                 f"{pair['kept_by_us']} of {pair['num_tokens']}",
                 str(pair["num_sets"]),
                 f"{pair['minimum_overlap']:.3f}",
@@ -93,6 +95,18 @@ def _oracle() -> str:
         )
     header = ["ours", "kvpress", "entries kept", "sets", "smallest overlap", "identical", "same answers"]
     return format_table(header, rows)
+
+
+def _differences() -> str:
+    """Definitions of ours and kvpress's, and the mean overlap of the kept sets with one difference left in."""
+    overlaps = {(row["method"], row["what"]): f"{row['mean_overlap']:.2f}" for row in read("oracle")["left_in"]}
+    rows = []
+    for difference in DIFFERENCES:
+        left_in = [(method, overlaps.get((method, difference.what))) for method in difference.methods]
+        cells = [difference.what, ", ".join(difference.methods), difference.ours, difference.theirs]
+        measured = ", ".join(f"{method} {overlap}" for method, overlap in left_in if overlap is not None)
+        rows.append([*cells, difference.taken_out, measured])
+    return format_table(["", "methods", "ours", "kvpress", "taken out by", "overlap if left in"], rows)
 
 
 def _kvpress() -> str:

@@ -11,7 +11,14 @@ import benchmarks.judges
 import benchmarks.oracle
 from benchmarks.judges import JudgeMissing, judge_python, run_judge
 from benchmarks.oracle import compare
-from benchmarks.oracle.differences import DIFFERENCES, KVPRESS_VOTING, NUM_LAYERS, aligned, compression_ratio
+from benchmarks.oracle.differences import (
+    DIFFERENCES,
+    KVPRESS_VOTING,
+    NUM_LAYERS,
+    aligned,
+    aligned_duo,
+    compression_ratio,
+)
 from benchmarks.oracle.overlap import TIE, Agreement, add_prompt, overlap, score_gap
 
 NUM_HEADS = 2
@@ -136,6 +143,15 @@ def test_aligned_refuses_what_kvpress_cannot_do():
         _ = aligned("streamingllm", 0.1, 500).kept_by_us
 
 
+def test_half_of_the_heads_are_retrieval_heads():
+    pair = aligned_duo(1024)
+    assert (pair.kept_by_us, pair.kept_by_them, pair.compares_answers) == (672, 672, False)
+    pages = [n for layer in pair.plan.streaming.pages for n in layer]
+    assert sorted(pages) == [10] * 8 + [32] * 8
+    with pytest.raises(ValueError, match="must be whole blocks; got 1056"):
+        aligned_duo(1056)
+
+
 @pytest.mark.parametrize("method", compare.METHODS)
 def test_a_difference_left_in_is_only_that_one(method):
     pair = aligned(method, 0.2, 1024)
@@ -182,7 +198,7 @@ def test_a_missing_environment_says_how_to_make_it(monkeypatch, tmp_path, capsys
 @needs_kvpress
 def test_we_keep_what_kvpress_keeps():
     """Identical sets up to ties and identical answers; a difference left in shows, so the comparison is not blind."""
-    pairs = [aligned("snapkv", 0.2, 1055, **KVPRESS_VOTING), aligned("streamingllm", 0.2, 1024)]
+    pairs = [aligned("snapkv", 0.2, 1055, **KVPRESS_VOTING), aligned("streamingllm", 0.2, 1024), aligned_duo(1024)]
     other = replace(pairs[0], settings=pairs[0].settings | {"kernel_size": 7})
     outcomes, versions = compare.compare([*pairs, other], 2)
     for pair, outcome in zip(pairs, outcomes, strict=False):

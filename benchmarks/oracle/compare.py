@@ -9,7 +9,8 @@ kept sets, |ours & theirs| / max(|ours|, |theirs|), over all (prompt, layer, KV 
 definition taken out, and at the middle ratio once more with the window and kernel that kvpress ships; then the
 differences, and the overlap with one of them left in. float32 and greedy on both sides. FastKV is not in kvpress: its
 layers up to the TSP layer are compared with SnapKV's. Uneven budgets (pyramidkv, adakv) follow other arithmetic there:
-kvpress gets our count of each layer and head and chooses by its own scores.
+kvpress gets our count of each layer and head and chooses by its own scores. DuoAttention is compared where half of the
+heads stream, by the same gates, whatever the ratios.
 
 Ends with exit status 1 where a difference taken out does not explain what is left: sets that differ by more than a
 tie, or other answers. --speed is described in `benchmarks.oracle.rival`.
@@ -27,14 +28,23 @@ from benchmarks.child import run_in_child
 from benchmarks.environment import describe_command, describe_environment
 from benchmarks.judges import ROOT, JudgeMissing, judge_python
 from benchmarks.oracle import rival
-from benchmarks.oracle.differences import DIFFERENCES, KVPRESS_VOTING, POOLING, Pair, aligned, compression_ratio
+from benchmarks.oracle.differences import (
+    DIFFERENCES,
+    DUO,
+    KVPRESS_VOTING,
+    POOLING,
+    Pair,
+    aligned,
+    aligned_duo,
+    compression_ratio,
+)
 from benchmarks.oracle.judge import run_kvpress
 from benchmarks.oracle.overlap import Agreement, Kept, add_prompt
 from benchmarks.questions import CHECKPOINT, MAX_ANSWER_TOKENS, TSP_LAYER
 from benchmarks.table import format_table
 from benchmarks.tiny_model.language import END, TASKS, make_example
 
-METHODS = ("snapkv", "streamingllm", "fastkv", "pyramidkv", "adakv", "tova")
+METHODS = ("snapkv", "streamingllm", "fastkv", "pyramidkv", "adakv", "tova")  # compared at any ratio
 
 Answers = list[dict[str, Any]]  # per prompt `kept`, `tokens` and, from the judge, `scores`
 
@@ -112,8 +122,10 @@ def _our_task(pair: Pair, num_prompts: int) -> dict[str, Any]:
 
 
 def _their_job(pair: Pair, ours: Answers, num_prompts: int) -> dict[str, Any]:
-    ratio = compression_ratio(pair.num_tokens, pair.kept_by_them)
-    settings = pair.settings | {"compression_ratio": ratio}
+    if pair.method == DUO:
+        settings = pair.settings | {"gates": pair.config["head_weights"]}
+    else:
+        settings = pair.settings | {"compression_ratio": compression_ratio(pair.num_tokens, pair.kept_by_them)}
     counts = None
     if pair.plan.is_ragged and pair.num_kept is None:
         counts = [[[len(head) for head in layer] for layer in answer["kept"]] for answer in ours]
@@ -149,7 +161,7 @@ def print_outcomes(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> None:
         rows.append(
             [
                 _name(pair),
-                str(pair.config["retention_ratio"]),
+                f"{pair.config['retention_ratio']:.3g}",
                 ", ".join(str(pair.settings[name]) for name in KVPRESS_VOTING if name in pair.settings) or "-",
                 f"{pair.kept_by_us} of {pair.num_tokens}",
                 str(len(agreement.overlaps)),
@@ -163,7 +175,7 @@ def print_outcomes(pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> None:
     print(format_table(header, rows))
     for pair, outcome in zip(pairs, outcomes, strict=True):
         for disagreement in outcome.agreement.disagreements:
-            print(f"{_name(pair)} {pair.config['retention_ratio']}: {disagreement}")
+            print(f"{_name(pair)} {pair.config['retention_ratio']:.3g}: {disagreement}")
 
 
 def print_differences(method: str, left_in: dict[str, Outcome]) -> None:
@@ -211,11 +223,13 @@ def _as_json(pair: Pair, outcome: Outcome) -> dict[str, Any]:
 def compare_all(methods: Sequence[str], ratios: Sequence[float], num_prompts: int, num_tokens: int) -> dict[str, Any]:
     """Run and print everything; returns the report."""
     middle = sorted(ratios)[len(ratios) // 2]
-    pairs = [aligned(method, ratio, num_tokens) for method in methods for ratio in ratios]
+    with_ratios = [method for method in methods if method != DUO]
+    pairs = [aligned(method, ratio, num_tokens) for method in with_ratios for ratio in ratios]
     pairs += [aligned(method, middle, num_tokens, **KVPRESS_VOTING) for method in methods if method in POOLING]
+    pairs += [aligned_duo(num_tokens)] if DUO in methods else []
     put_back = [
         (method, difference.what, difference.left_in(aligned(method, middle, num_tokens)))
-        for method in methods
+        for method in with_ratios
         for difference in DIFFERENCES
         if method in difference.methods and difference.left_in is not None
     ]
@@ -241,7 +255,7 @@ def compare_all(methods: Sequence[str], ratios: Sequence[float], num_prompts: in
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    parser.add_argument("--methods", default=",".join((*METHODS, DUO)), help="comma-separated")
     parser.add_argument("--ratios", default="0.1,0.2,0.5", help="retention ratios, comma-separated")
     parser.add_argument("--prompts", type=int, default=8, help="prompts per ratio")
     parser.add_argument("--length", type=int, help="prompt tokens; default 1024, with --speed 4096")
@@ -249,7 +263,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
     methods = args.methods.split(",")
-    if unknown := [method for method in methods if method not in METHODS]:
+    if unknown := [method for method in methods if method not in (*METHODS, DUO)]:
         parser.error(f"unknown: {', '.join(unknown)}")
     try:
         judge_python("kvpress")

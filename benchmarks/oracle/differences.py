@@ -6,12 +6,13 @@ counts differ that size is known: a smaller budget is a subset (overlap: the sma
 of t tokens over a window of w costs at most t - w of the kept entries. The other differences make another vote.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.oracle.engine_child import BLOCK_SIZE
-from benchmarks.questions import TSP_LAYER
+from benchmarks.questions import CHECKPOINT, TSP_LAYER
 from fastkv_vllm.cache import LeftAlone, PromptPlan
 from fastkv_vllm.config import CompressionConfig
 
@@ -19,6 +20,9 @@ NUM_LAYERS = 8  # of the tiny model
 KVPRESS_VOTING = {"window_size": 64, "kernel_size": 5}  # SnapKVPress as shipped
 _EVICTING = ("streamingllm", "tova")  # methods that go on after the prompt
 POOLING = ("snapkv", "fastkv", "pyramidkv", "adakv")  # methods whose window votes are pooled over positions
+DUO = "duoattention"
+GATES = CHECKPOINT.parent / "duo.json"
+_SINKS, _RECENT = 64, 256  # entries of a streaming head
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class Pair:
 
     @property
     def compares_answers(self) -> bool:
-        """Whether all layers are compared: an answer depends on all of them."""
-        return len(self.layers) == NUM_LAYERS
+        """Whether all layers are compared and have read the prompt alike: an answer depends on that."""
+        return len(self.layers) == NUM_LAYERS and self.method != DUO
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,21 @@ def aligned(method: str, retention_ratio: float, num_tokens: int, **voting: int)
     if method in POOLING:
         settings = {"window_size": full.window_size, "kernel_size": full.kernel_size}
     return Pair(method, config, "snapkv" if method == "fastkv" else method, settings, num_tokens, layers=layers)
+
+
+def aligned_duo(num_tokens: int) -> Pair:
+    """DuoAttention with as many retrieval heads as streaming ones, by the small model's gates.
+
+    Raises:
+        ValueError: so many tokens leave a head in between, or a streaming head part of a block.
+    """
+    twice = num_tokens + _SINKS + _RECENT
+    if num_tokens % BLOCK_SIZE or twice % (2 * BLOCK_SIZE):
+        raise ValueError(f"the length and the mean of both kinds of heads must be whole blocks; got {num_tokens}")
+    gates = json.loads(GATES.read_text())["data"]["gates"]
+    config = {"retention_ratio": twice / 2 / num_tokens, "head_weights": gates, "num_sink": _SINKS}
+    settings = {"head_compression_ratio": 0.5, "sink_size": _SINKS, "recent_size": _RECENT}
+    return Pair(DUO, config | {"streaming_tokens": _SINKS + _RECENT}, DUO, settings, num_tokens, twice // 2)
 
 
 def _nominal_count(pair: Pair) -> int:
@@ -217,6 +236,18 @@ DIFFERENCES = (
     Difference(_ALL, "keys", "rotated once, at their place", "the same, without KeyRerotationPress", "nothing"),
     Difference(_EVICTING, "while decoding", "full blocks are chosen from, too", "all stays", "ours switched off"),
     Difference(_ALL, "when", "after the layer's full attention", "the same, in a forward hook", "nothing"),
+    Difference((DUO,), "gates", "learnt on the model", "published for six models", "ours given to it"),
+    Difference(
+        (DUO,),
+        "heads that stream",
+        "as many as the budget asks for, one in between; whole pages",
+        "a share of the heads, rounded",
+        "a budget with none in between",
+    ),
+    Difference(
+        (DUO,), "while a prompt is read", "they let go of entries", "all see all", "sets alone compared, no answers"
+    ),
+    Difference((DUO,), "what does not stay", "leaves the cache", "is masked while decoding", "nothing: weight 0"),
     Difference(
         _ALL,
         "what is compressed",

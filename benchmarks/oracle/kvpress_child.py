@@ -18,8 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import AdaKVPress, PyramidKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from kvpress import AdaKVPress, DuoAttentionPress, PyramidKVPress, SnapKVPress, StreamingLLMPress, TOVAPress
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+
+def _duo_attention(
+    head_compression_ratio: float, gates: list[list[float]], sink_size: int, recent_size: int
+) -> DuoAttentionPress:
+    """The press with these gates [L][H] in the place of those published for its models."""
+    press = DuoAttentionPress(head_compression_ratio)
+    press.load_attention_pattern = lambda model: (sink_size, recent_size, torch.tensor(gates).numpy())
+    return press
+
 
 PRESSES = {
     "snapkv": SnapKVPress,
@@ -27,7 +37,9 @@ PRESSES = {
     "tova": TOVAPress,
     "pyramidkv": PyramidKVPress,
     "adakv": lambda alpha_safeguard=0.2, **scorer: AdaKVPress(SnapKVPress(**scorer), alpha_safeguard),
+    "duoattention": _duo_attention,
 }
+MASKING = (AdaKVPress, DuoAttentionPress)  # they drop nothing: attention hides what they mask
 PACKAGES = ("kvpress", "transformers", "torch")
 
 
@@ -37,7 +49,7 @@ class Watch:
 
     Fields:
         kept: positions of the entries left in the cache, per layer and KV head, ascending.
-        scores: the press's rating of all entries, per layer and KV head.
+        scores: the press's rating of all entries, per layer and KV head; 1 and 0 for kept and dropped if it rates none.
     """
 
     kept: list[list[list[int]]] = field(default_factory=list)
@@ -142,25 +154,34 @@ def _counting(press: Any, counts: list[list[int]] | None) -> Any:
 
 def _watched(press: Any, watch: Watch) -> Any:
     """The press, with its results recorded; what is left is read off keys and masks, not computed once more."""
-    scorer = press.press if isinstance(press, AdaKVPress) else press
-    compress, score = press.compress, scorer.score
+    scorer = press.press if isinstance(press, AdaKVPress) else None if isinstance(press, DuoAttentionPress) else press
+    compress = press.compress
 
     def watched_compress(module: Any, hidden_states: Any, keys: torch.Tensor, *others: Any) -> Any:
         kept = compress(module, hidden_states, keys, *others)
         positions = [_positions(*heads) for heads in zip(keys[0], kept[0][0], strict=True)]
-        if isinstance(press, AdaKVPress):  # it drops nothing: attention hides what it masks
+        if isinstance(press, MASKING):
             _, heads, masked = module.masked_key_indices
             hidden = [set(masked[heads == head].tolist()) for head in range(len(positions))]
             positions = [sorted(set(head) - gone) for head, gone in zip(positions, hidden, strict=True)]
         watch.kept.append(positions)
+        if scorer is None:
+            stay = torch.zeros(keys.shape[1:3])
+            for row, head in zip(stay, positions, strict=True):
+                row[head] = 1
+            watch.scores.append(stay.tolist())
         return kept
 
-    def watched_score(*arguments: Any) -> torch.Tensor:
-        scores = score(*arguments)
-        watch.scores.append(scores[0].tolist())
-        return scores
+    press.compress = watched_compress
+    if scorer is not None:
+        score = scorer.score
 
-    press.compress, scorer.score = watched_compress, watched_score
+        def watched_score(*arguments: Any) -> torch.Tensor:
+            scores = score(*arguments)
+            watch.scores.append(scores[0].tolist())
+            return scores
+
+        scorer.score = watched_score
     return press
 
 
