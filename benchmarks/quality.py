@@ -38,8 +38,8 @@ from benchmarks.server import BLOCK_SIZE, Server, sample_value, serve
 from benchmarks.suites import SUITES, make_suite
 from benchmarks.table import format_table
 from fastkv_vllm.cache import PromptPlan
-from fastkv_vllm.codecs import EntryShape
-from fastkv_vllm.config import NO_CODEC, CompressionConfig
+from fastkv_vllm.codecs import NO_CODEC, EntryShape
+from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import method_names
 
 CONCURRENCY = 4

@@ -11,7 +11,9 @@ from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.merging import MergingSettings, MergingTrial
 from fastkv_vllm.calibrate.model import CalibrationModel, causal_attention
 from fastkv_vllm.calibrate.prompts import Prompt
+from fastkv_vllm.codecs import NO_CODEC
 from tests.reference import make_checkpoint
+from tests.reference.codecs import stored
 from tests.reference.merging import merge_pair
 
 NUM_ANSWER = 6
@@ -62,13 +64,16 @@ def test_what_merged_layers_lose(model: CalibrationModel, prompts: list[Prompt],
     assert early.found()["lost_by_pair"] == found["lost_by_pair"]
 
 
-@pytest.mark.parametrize("merge_layers", ["values", "keys_and_values"])
+@pytest.mark.parametrize(
+    ("merge_layers", "codec"),
+    [("values", None), ("keys_and_values", None), ("values", "int2"), ("keys_and_values", "int4")],
+)
 def test_only_the_last_tokens_read_merged_entries(
-    model: CalibrationModel, prompts: list[Prompt], merge_layers: str
+    model: CalibrationModel, prompts: list[Prompt], merge_layers: str, codec: str | None
 ) -> None:
-    """With entries that a reference merges the model predicts what the trial counts with."""
+    """With entries that a reference merges, or only stores, the model predicts what the trial counts with."""
     prompt, entries, rows = prompts[0], [], {}
-    settings = MergingSettings(merge_layers=merge_layers, merge_gamma=0.3, num_queries=16)
+    settings = MergingSettings(merge_layers=merge_layers, merge_gamma=0.3, num_queries=16, codec=codec or NO_CODEC)
     token_ids = (*prompt.token_ids, *prompt.answer_ids)
     num_read = len(token_ids) - 16
 
@@ -77,29 +82,38 @@ def test_only_the_last_tokens_read_merged_entries(
         return causal_attention(queries, keys, values)
 
     model.prefill(token_ids, attend)
-    layers = [zip(keys[:, :num_read], values[:, :num_read], strict=True) for keys, values in entries[:2]]
+    layers = [[*zip(keys[:, :num_read], values[:, :num_read], strict=True)] for keys, values in entries[:2]]
+    most = -(-3 * num_read // 10)
     merged = [
-        merge_pair(*pair, t=0.6, gamma=0.3, most=-(-3 * num_read // 10), values_only=merge_layers == "values")
+        merge_pair(*pair, t=0.6, gamma=0.3, most=most, values_only=merge_layers == "values", codec=codec)
         for pair in zip(*layers, strict=True)
     ]  # [head][layer][keys or values]
+    alone = [[stored(codec or "exact", *own) for own in pair] for pair in zip(*layers, strict=True)]
 
-    def attend_merged(layer, queries, keys, values):
-        out = causal_attention(queries, keys, values)
-        if layer > 1:
-            return out
-        keys, values = keys.clone(), values.clone()
-        for head, parts in enumerate(merged):
-            keys[head, :num_read], values[head, :num_read] = parts[layer]
-        last = causal_attention(queries, keys, values)
-        rows[layer] = float((last - out)[:, num_read:].norm() / out[:, num_read:].norm())
-        return torch.cat([out[:, :num_read], last[:, num_read:]], dim=1)
+    def lost_reading(read) -> float:
+        """Share of the answer with these entries of the first two layers; nothing hangs on the others."""
 
-    likely = model.next_tokens(token_ids, NUM_ANSWER + 1, attend_merged)[:-1]
+        def attend_them(layer, queries, keys, values):
+            out = causal_attention(queries, keys, values)
+            if layer > 1:
+                return out
+            keys, values = keys.clone(), values.clone()
+            for head, parts in enumerate(read):
+                keys[head, :num_read], values[head, :num_read] = parts[layer]
+            last = causal_attention(queries, keys, values)
+            rows[layer] = float((last - out)[:, num_read:].norm() / out[:, num_read:].norm())
+            return torch.cat([out[:, :num_read], last[:, num_read:]], dim=1)
+
+        likely = model.next_tokens(token_ids, NUM_ANSWER + 1, attend_them)[:-1]
+        return float((likely != torch.tensor(prompt.answer_ids)).float().mean())
+
     work = MergingTrial(model, [prompt], settings)
     work.step(0)
     found = work.found()
-    assert found["lost_by_pair"][0] == pytest.approx(float((likely != torch.tensor(prompt.answer_ids)).float().mean()))
-    assert found["changed_by_pair"][0] == pytest.approx((rows[0] + rows[1]) / 2, rel=1e-4)
+    assert found["lost"] == pytest.approx(lost_reading(alone))
+    assert found["lost_by_pair"][0] == pytest.approx(lost_reading(merged))
+    assert found["changed_by_pair"][0] == pytest.approx((rows[0] + rows[1]) / 2, rel=1e-4 if codec is None else 1e-2)
+    assert codec != "int2" or found["lost"] > 0, "codes of two bits must be felt"
 
 
 def test_what_cannot_be_measured_is_told(model: CalibrationModel, prompts: list[Prompt]) -> None:

@@ -175,9 +175,15 @@ def test_minicache_drops_nothing_and_merges_values() -> None:
     assert (config.retention_ratio, config.evict_while_decoding, config.layer_owners) == (1.0, False, None)
     assert (config.merge_layers, config.merge_t, config.merge_gamma, config.merge_limit) == ("values", 0.6, 0.05, 0.05)
     assert CompressionConfig("minicache", merge_layers="keys_and_values").merge_layers == "keys_and_values"
-    for name, value in (("codec", "int4"), ("layer_budgets", "pyramid"), ("halting_loss", 0.1)):
+    for name, unfit in (
+        ("codec", {"codec": "kivi4"}),
+        ("channel_ratio", {"codec": "int8", "channel_ratio": 0.5}),
+        ("encode_generated", {"codec": "int4", "encode_generated": True}),
+        ("layer_budgets", {"layer_budgets": "pyramid"}),
+        ("halting_loss", {"halting_loss": 0.1}),
+    ):
         with pytest.raises(ValueError, match=f"{name} must be .* where layers read the entries of others"):
-            CompressionConfig.from_mapping("minicache", {name: value})
+            CompressionConfig.from_mapping("minicache", unfit)
 
 
 def test_pairs_to_merge_are_neighbours_from_the_middle_on() -> None:
@@ -198,14 +204,33 @@ def test_pairs_to_merge_are_neighbours_from_the_middle_on() -> None:
             dataclasses.replace(merging, **{name: value})
 
 
-def test_merged_layers_hold_fewer_blocks() -> None:
-    """Of four layers two are merged: 31 pages of each other one, some of records, two of what is retained."""
-    owners, entry = (0, 1, 2, 2), EntryShape(head_dim=64, dtype=torch.bfloat16)
-    for merging, num_records in (("keys_and_values", 32), ("values", 48)):
-        config = CompressionConfig("streamingllm", retention_ratio=1.0, merge_layers=merging, layer_owners=owners)
-        plan = config.plan(1000, 32, entry=entry)
-        assert isinstance(plan, PromptPlan) and plan.pages_of_layers(31) == [31, 31, num_records, 2]
-        assert plan.num_stored_blocks == -(-(64 + num_records) // 4)
+@pytest.mark.parametrize(
+    ("codec", "merging", "pages"),
+    [
+        ("none", "keys_and_values", [31, 31, 32, 2]),
+        ("none", "values", [31, 31, 48, 2]),
+        ("int8", "values", [17, 17, 26, 2]),
+        ("int4", "keys_and_values", [9, 9, 10, 1]),
+        ("int4", "values", [9, 9, 14, 1]),
+    ],
+)
+def test_merged_layers_hold_fewer_blocks(codec: str, merging: str, pages: list[int]) -> None:
+    """Of four layers two are merged: pages of 31 blocks of each other one, some of records, one or two retained."""
+    given = {"retention_ratio": 1.0, "layer_owners": (0, 1, 2, 2), "merge_layers": merging, "codec": codec}
+    plan = CompressionConfig("streamingllm", **given).plan(1000, 32, entry=EntryShape(64, torch.bfloat16))
+    assert isinstance(plan, PromptPlan) and plan.pages_of_layers(31) == pages
+    assert plan.num_stored_blocks == -(-sum(pages) // 4)
+
+
+@pytest.mark.parametrize(
+    ("merging", "factors"), [("keys_and_values", (4.3, 4.4)), ("values", (3.8, 3.9))], ids=["keys_and_values", "values"]
+)
+def test_pairs_of_codes_take_a_quarter_of_the_blocks(merging: str, factors: tuple[float, float]) -> None:
+    """4096 tokens beside the residual window, the deeper half of 8 layers merged: 37 pages of each layer, 43 or 59."""
+    given = {"merge_layers": merging, "codec": "int4", "layer_owners": (0, 1, 2, 3, 4, 4, 6, 6)}
+    plan = CompressionConfig("minicache", **given).plan(4104, 32, entry=EntryShape(64, torch.bfloat16))
+    assert isinstance(plan, PromptPlan) and plan.num_whole_blocks == 128
+    assert factors[0] < 128 * 8 / sum(plan.pages_of_layers(128)) < factors[1]
 
 
 def test_weights_share_the_pages_of_all_layers() -> None:

@@ -8,7 +8,7 @@ from fastkv_vllm.adapter.batch import DecodeRows, LayerRows, PrefillRows
 from fastkv_vllm.adapter.cuts import Cuts
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.eviction import Evictor
-from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move, pages_read
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
@@ -80,7 +80,7 @@ class Compressor:
         """Leave zeros where requests other than those with compressed pages had codes, before others write there."""
         for rid in self.held.keys() - compressed:
             pages = self.held[rid]
-            if isinstance(pages, EncodedPages):
+            if isinstance(pages, EncodedPages | MergedPages):
                 pages.erase(self.pool)
                 del self.held[rid]
 

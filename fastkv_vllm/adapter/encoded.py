@@ -74,20 +74,12 @@ class EncodedPages:
         return self.stored.pages.gather(2, number // per_page), number % per_page
 
     def erase(self, pool: PagePool) -> None:
-        """Leave zeros; call before another request can have the pages.
-
-        Codes may read as NaN, and the engine's attention multiplies what lies behind a sequence's end in its last block
-        with zero.
-        """
-        taken = torch.arange(self.stored.pages.shape[2]) < self.stored.counts.unsqueeze(-1)
-        pool.cache[self.stored.pages[taken]] = 0
+        """See `erase_codes`."""
+        erase_codes(self.stored, pool)
 
     def grid(self, pool: PagePool) -> torch.Tensor:
         """The pool's bytes as places of groups, [pages, groups of a page, B] uint8; a view."""
-        pages = pool.cache.view(torch.uint8).flatten(1)
-        num_bytes = self.codec.num_bytes(self.entry)
-        per_page = pages.shape[1] // num_bytes
-        return pages.as_strided((pages.shape[0], per_page, num_bytes), (pages.shape[1], num_bytes, 1))
+        return byte_places(pool, self.codec.num_bytes(self.entry))
 
     def choose_channels(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """Choose which channels of a layer's keys are stored, once.
@@ -107,13 +99,13 @@ class EncodedPages:
         """Bytes of entries, [n, D] each, of whose keys channels [n, Dk] are stored, or all."""
         return self.codec.encode(keys if channels is None else keys.gather(1, channels), values)
 
-    def decode(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, head after head, [entries, D] float32 each; zeros in channels not stored."""
+    def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """See `DecodedPages`; zeros in channels not stored."""
         keys, values = self.codec.decode(self.grid(pool)[self.places(layer, pool)], self.entry)
         channels = self.channels_of(layer, pool.layout.block_size)
-        if channels is None:
-            return keys, values
-        return torch.zeros_like(values).scatter_(1, channels, keys), values
+        if channels is not None:
+            keys = torch.zeros_like(values).scatter_(1, channels, keys)
+        return {layer: (keys, values)}
 
     def channels_of(self, layer: int, block_size: int) -> torch.Tensor | None:
         """Channels of each entry of a layer that are stored, head after head, [entries, Dk]; None: all."""
@@ -125,9 +117,26 @@ class EncodedPages:
 class DecodedPages(KeptPages, Protocol):
     """Where kept entries lie that attention reads from a copy."""
 
-    def decode(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, head after head, [entries, D] each."""
+    def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of a layer, and of those that are stored with it, head after head, [entries, D] float32."""
         ...
+
+
+def byte_places(pool: PagePool, num_bytes: int) -> torch.Tensor:
+    """The pool's bytes as places of so many, [pages, places of a page, num_bytes] uint8; a view."""
+    pages = pool.cache.view(torch.uint8).flatten(1)
+    per_page = pages.shape[1] // num_bytes
+    return pages.as_strided((pages.shape[0], per_page, num_bytes), (pages.shape[1], num_bytes, 1))
+
+
+def erase_codes(stored: HeadPages, pool: PagePool) -> None:
+    """Leave zeros; call before another request can have the pages.
+
+    Codes may read as NaN, and the engine's attention multiplies what lies behind a sequence's end in its last block
+    with zero.
+    """
+    taken = torch.arange(stored.pages.shape[2]) < stored.counts.unsqueeze(-1)
+    pool.cache[stored.pages[taken]] = 0
 
 
 def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
@@ -145,11 +154,12 @@ class EncodedReads(HeadReads):
     """Reads of such requests, from a copy of each layer that lives while its attention runs.
 
     The copy has the decoded pages of all sequences, then the blocks that each has after them. It is as large as what
-    these requests hold of one layer.
+    these requests hold of one layer. What is stored with another layer waits decoded for that layer.
     """
 
     def __init__(self, rows: Sequence[HeadRows[DecodedPages]], pool: PagePool) -> None:
         self._held = [r.held for r in rows]
+        self._decoded: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in rows]  # and not read yet
         counts = torch.cat([held.counts for held in self._held], dim=1)  # [L, S]
         later = torch.tensor([len(r.blocks) for r in rows]).repeat_interleave(pool.num_heads)  # [S]
         first = counts.cumsum(1) - counts
@@ -166,8 +176,15 @@ class EncodedReads(HeadReads):
         later = torch.cat([pool.pages(r.blocks)[layer].flatten() for r in self.rows])
         num_decoded = int(self._num_decoded[layer])
         copy = pool.cache.new_empty(num_decoded + len(later), *pool.cache.shape[1:])
-        parts = zip(*(held.decode(layer, pool) for held in self._held), strict=True)
+        parts = zip(*(self._take(number, layer) for number in range(len(self.rows))), strict=True)
         keys, values = (torch.cat(part).to(copy.dtype).unsqueeze(1) for part in parts)
         pool.layout.write(copy, keys, values, torch.arange(num_decoded * size))
         copy[num_decoded:] = pool.cache[later]
         return copy
+
+    def _take(self, number: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a request in a layer; those decoded with them wait for the layer that reads them."""
+        decoded = self._decoded[number]
+        if layer not in decoded:
+            decoded.update(self._held[number].decode(layer, self.pool))
+        return decoded.pop(layer)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastkv_vllm.adapter.encoded import EncodedPages, stored_pages
+from fastkv_vllm.adapter.encoded import EncodedPages, byte_places, erase_codes, stored_pages
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.cache import PromptPlan
-from fastkv_vllm.codecs import PairCodec
+from fastkv_vllm.codecs import EntryShape, PairCodec
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,19 @@ class MergedPages:
         num_whole: whole blocks of the prompt.
         counts: pages that attention sees of each layer and head, once restored, [L, H] int64, all equal.
         stored: pages that hold them.
-        codec: of records.
+        codec: of records; that of their vectors stores all other entries.
+        entry: what an entry is.
         upper: lower layer of each pair -> its upper layer.
+        num_retained: entries of a head that the upper layer of a pair has room for.
     """
 
     num_whole: int
     counts: torch.Tensor
     stored: HeadPages
     codec: PairCodec
+    entry: EntryShape
     upper: dict[int, int]
+    num_retained: int
 
     @classmethod
     def share(
@@ -38,48 +42,41 @@ class MergedPages:
         """Give each layer and head what it needs of the destination blocks, see `HeadPages.share`."""
         stored = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, destination)
         upper = {owner: layer for layer, owner in enumerate(plan.layer_owners) if owner != layer}
-        return cls(plan.num_whole_blocks, counts, stored, codec, upper)
+        entry = EntryShape(pool.layout.head_dim, pool.cache.dtype)
+        num_retained = plan.most_retained(int(counts[0, 0]))
+        return cls(plan.num_whole_blocks, counts, stored, codec, entry, upper, num_retained)
+
+    def grid(self, layer: int, pool: PagePool) -> torch.Tensor:
+        """The pool's bytes as places of what a layer stores, [pages, places of a page, B] uint8; a view."""
+        codec = self.codec if layer in self.upper else self.codec.vectors
+        return byte_places(pool, codec.num_bytes(self.entry))
 
     def places(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page and place in it of each record of a pair's lower layer, [H, N] int64 each."""
-        per_page = records(pool, self.codec).shape[1]
-        number = torch.arange(int(self.counts[layer, 0]) * pool.layout.block_size)
+        """Page and place in it of each record or entry that a layer has room for, [H, N] int64 each."""
+        per_page = self.grid(layer, pool).shape[1]
+        is_upper = layer in self.upper.values()
+        number = torch.arange(self.num_retained if is_upper else int(self.counts[layer, 0]) * pool.layout.block_size)
         return self.stored.pages[layer][:, number // per_page], (number % per_page).expand(pool.num_heads, -1)
 
-    def decode(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, head after head, [entries, D] each."""
-        for lower, upper in self.upper.items():
-            if layer in (lower, upper):
-                restored = self.codec.restore(
-                    records(pool, self.codec)[self.places(lower, pool)], self._own(upper, pool)
-                )
-                return tuple(restored[int(layer == upper)].transpose(0, 1).flatten(1, 2))
-        return pool.layout.take(pool.cache, *_entries(pool, self.stored.pages[layer], int(self.counts[layer, 0])))
+    def erase(self, pool: PagePool) -> None:
+        """See `erase_codes`."""
+        erase_codes(self.stored, pool)
 
-    def num_retained(self, upper: int, pool: PagePool) -> int:
-        """Entries of a head that the pages of a pair's upper layer have room for."""
-        return int(self.stored.counts[upper, 0]) * pool.layout.block_size
+    def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """See `DecodedPages`; the layers of a pair come back together."""
+        pair = next((pair for pair in self.upper.items() if layer in pair), None)
+        if pair is None:
+            return {layer: self._entries(layer, pool)}
+        lower, upper = pair
+        own = torch.stack(self._entries(upper, pool), dim=1)
+        own = own.view(pool.num_heads, self.num_retained, *own.shape[1:]).transpose(1, 2)  # [H, 2, n, D]
+        records = self.grid(lower, pool)[self.places(lower, pool)]
+        restored = self.codec.restore(records, own, self.entry).transpose(1, 2).flatten(2, 3)  # [2, 2, H * N, D]
+        return {of: (keys, values) for of, (keys, values) in zip(pair, restored, strict=True)}
 
-    def _own(self, upper: int, pool: PagePool) -> torch.Tensor:
-        """What the pages of a pair's upper layer hold, [H, 2, num_retained, D]."""
-        num_pages = int(self.stored.counts[upper, 0])
-        entries = pool.layout.take(pool.cache, *_entries(pool, self.stored.pages[upper], num_pages))
-        return torch.stack(entries, dim=1).unflatten(0, (pool.num_heads, -1)).transpose(1, 2)
+    def _entries(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that a layer has room for, head after head, [entries, D] float32 each."""
+        return self.codec.vectors.decode(self.grid(layer, pool)[self.places(layer, pool)].flatten(0, 1), self.entry)
 
 
 Held = HeadPages | EncodedPages | MergedPages
-
-
-def records(pool: PagePool, codec: PairCodec) -> torch.Tensor:
-    """The pool as places of records, [pages, records of a page, width]; a view."""
-    pages = pool.cache.flatten(1)
-    width = codec.width(pool.layout.head_dim)
-    per_page = pages.shape[1] // width
-    return pages.as_strided((pages.shape[0], per_page, width), (pages.shape[1], width, 1))
-
-
-def _entries(pool: PagePool, pages: torch.Tensor, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page and offset of the entries in the first pages of each head, [H, most] -> [H * entries] each."""
-    size = pool.layout.block_size
-    offsets = torch.arange(size).repeat(pool.num_heads * num_pages)
-    return pages[:, :num_pages].flatten().repeat_interleave(size), offsets

@@ -12,7 +12,7 @@ import torch
 
 from fastkv_vllm.adapter.batch import LayerRows, PrefillRows
 from fastkv_vllm.adapter.encoded import EncodedPages
-from fastkv_vllm.adapter.merged import Held, MergedPages, records
+from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 
@@ -167,7 +167,7 @@ def _merge(
     own: tuple[torch.Tensor, torch.Tensor],
     above: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> list[Move]:
-    """A layer's entries to its pages: as they are, or as records together with those of the layer above.
+    """A layer's entries to its pages: by themselves, or as records together with those of the layer above.
 
     Args:
         held: where they go.
@@ -175,19 +175,20 @@ def _merge(
         layer: not the upper one of a pair.
         own, above: keys and values head after head, [H * N, D] each.
     """
+    places, vectors = held.places(layer, pool), held.codec.vectors
     if above is None:
-        slots = held.stored.slots(layer, pool.layout.block_size)
-        return [EntryMove(pool.layout, pool.cache, own[0].unsqueeze(1), own[1].unsqueeze(1), slots)]
+        codes = vectors.encode(*own).unflatten(0, places[0].shape)
+        return [Overwrite(held.grid(layer, pool), places, codes)]
     lower, upper = (torch.stack(pair).unflatten(1, (pool.num_heads, -1)).transpose(0, 1) for pair in (own, above))
-    merged, retained = held.codec.merge(lower, upper, held.num_retained(held.upper[layer], pool))
-    moves: list[Move] = [Overwrite(records(pool, held.codec), held.places(layer, pool), merged)]
+    records, retained = held.codec.merge(lower, upper, held.num_retained)
+    moves: list[Move] = [Overwrite(held.grid(layer, pool), places, records)]
     if retained.any():
         heads, entries = retained.nonzero(as_tuple=True)
         number = (retained.cumsum(dim=1) - 1)[retained]
-        size = pool.layout.block_size
-        slots = held.stored.pages[held.upper[layer], heads, number // size] * size + number % size
-        keys, values = upper[heads, :, entries].unsqueeze(2).unbind(dim=1)
-        moves.append(EntryMove(pool.layout, pool.cache, keys, values, slots))
+        keys, values = upper[heads, :, entries].unbind(dim=1)
+        pages, offsets = held.places(held.upper[layer], pool)
+        index = pages[heads, number], offsets[heads, number]
+        moves.append(Overwrite(held.grid(held.upper[layer], pool), index, vectors.encode(keys, values)))
     return moves
 
 

@@ -15,6 +15,7 @@ from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
+from fastkv_vllm.codecs import NO_CODEC
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import MODEL_BUDGETS, method_class
 
@@ -95,10 +96,11 @@ def _layers_to_merge(config: CompressionConfig, model: str) -> Any:
             )
         return config.layer_owners
     report = load(config.layer_owners, "layer-merging", model)
-    for name in ("merge_layers", "merge_t", "merge_gamma"):
-        if getattr(config, name) != report.settings[name]:
+    measured = {"codec": NO_CODEC, **report.settings}  # without codecs it had no such setting
+    for name in ("merge_layers", "merge_t", "merge_gamma", "codec"):
+        if getattr(config, name) != measured[name]:
             raise ValueError(
-                f"kv_compression_config: {name} must be as in {config.layer_owners}, {report.settings[name]!r}; got "
+                f"kv_compression_config: {name} must be as in {config.layer_owners}, {measured[name]!r}; got "
                 f"{getattr(config, name)!r}: calibrate merging anew"
             )
     if report.data["lost"] > config.merge_limit:

@@ -161,15 +161,20 @@ class PromptPlan:
 
     def pages_of_layers(self, num_pages: int) -> list[int]:
         """Pages of a head that each layer holds where some have owners, for so many pages of entries, [L]."""
-        held = []
+        of_page, held = self.page_entries or self.block_size, []
         for layer, owner in enumerate(self.layer_owners):
+            num_entries = num_pages * self.block_size
             if self.pair_entries is None or self.layer_owners.count(owner) == 1:
-                held.append(num_pages if owner == layer else 0)
+                held.append(-(-num_entries // of_page) if owner == layer else 0)
             elif owner == layer:
-                held.append(-(-num_pages * self.block_size // self.pair_entries))
+                held.append(-(-num_entries // self.pair_entries))
             else:
-                held.append(ceil(num_pages * self.pair_retained))
+                held.append(-(-self.most_retained(num_pages) // of_page))
         return held
+
+    def most_retained(self, num_pages: int) -> int:
+        """Entries of a head that may stay out of a pair's records, for so many pages of entries."""
+        return ceil(num_pages * self.pair_retained) * self.block_size
 
     @property
     def num_awaited(self) -> int:

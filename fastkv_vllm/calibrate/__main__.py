@@ -27,7 +27,7 @@ from fastkv_vllm.calibrate.merging import MergingSettings
 from fastkv_vllm.calibrate.model import DTYPES
 from fastkv_vllm.calibrate.sharing import SharingSettings
 from fastkv_vllm.calibrate.tsp_layer import Propagation
-from fastkv_vllm.codecs import MERGES
+from fastkv_vllm.codecs import MERGES, NO_CODEC, VECTOR_CODECS
 from fastkv_vllm.kernels.window_scores import POOLINGS
 
 T = TypeVar("T")
@@ -132,6 +132,7 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     add("--merge-layers", choices=MERGES, default=default.merge_layers, help="what of two layers is merged")
     add("--merge-t", type=_from_0_to_1, default=default.merge_t, help="weight of the upper layer's direction")
     add("--merge-gamma", type=_from_0_to_1, default=default.merge_gamma, help="share of distances not merged")
+    add("--codec", choices=(NO_CODEC, *VECTOR_CODECS), default=default.codec, help="what entries are stored by as well")
     add("--first-layer", type=_int_from(0), metavar="N", help="pairs from this layer on; None: half of the layers")
     add("--queries", dest="num_queries", type=_int_from(1), default=default.num_queries, help="last ones, reading so")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkv_vllm.calibrate.errors import CalibrationError
 from fastkv_vllm.calibrate.model import CalibrationModel, attention_of_last, causal_attention
 from fastkv_vllm.calibrate.prompts import Prompt
-from fastkv_vllm.codecs import VALUES, PairCodec, neighbours
+from fastkv_vllm.codecs import NO_CODEC, VALUES, VECTOR_CODECS, EntryShape, ExactCodec, PairCodec, neighbours
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MergingSettings:
     """How layers are merged, and who reads them.
 
     Fields:
-        merge_layers, merge_t, merge_gamma: as the settings of these names.
+        merge_layers, merge_t, merge_gamma, codec: as the settings of these names.
         first_layer: pairs are merged from this layer on; None: from half of the layers on.
         num_queries: last tokens of each prompt, its answer included, that read merged entries; not of themselves.
     """
@@ -27,6 +27,7 @@ class MergingSettings:
     merge_layers: str = VALUES
     merge_t: float = 0.6
     merge_gamma: float = 0.05
+    codec: str = NO_CODEC
     first_layer: int | None = None
     num_queries: int = 32
 
@@ -39,7 +40,8 @@ class MergingTrial:
     """Reads each pair of neighbours merged, and all pairs together, one prompt a step.
 
     Counted are the tokens of the answers that are the most likely ones before and no longer after. As in serving,
-    tokens before the last ones see every layer's own entries.
+    tokens before the last ones see every layer's own entries. With a codec a merged pair is stored by it, and where all
+    pairs are merged the other layers' entries are, too.
 
     Fields:
         owners: layer with which each layer is merged, its own number where it is not.
@@ -54,7 +56,9 @@ class MergingTrial:
             )
         self._model = model
         self._prompts = prompts
-        self._codec = PairCodec(settings.merge_t, settings.merge_gamma, values_only=settings.merge_layers == VALUES)
+        self._has_codes = settings.codec != NO_CODEC
+        vectors = VECTOR_CODECS[settings.codec] if self._has_codes else ExactCodec()
+        self._codec = PairCodec(settings.merge_t, settings.merge_gamma, settings.merge_layers == VALUES, vectors)
         self._num_queries = settings.num_queries
         self.owners = neighbours(model.num_layers, settings.first_layer)
         if len(set(self.owners)) == model.num_layers:
@@ -73,6 +77,8 @@ class MergingTrial:
         right = self._is_right(prompt, {}, entries)
         self._num_right += int(right.sum())
         together: dict[int, Tensor] = {}
+        if self._has_codes:
+            together = {layer: self._stored(own) for layer, own in enumerate(entries)}
         for lower in range(self._model.num_layers - 1):
             pair = dict(zip((lower, lower + 1), self._merged(entries[lower], entries[lower + 1]), strict=True))
             changes: list[float] = []
@@ -152,7 +158,13 @@ class MergingTrial:
         num_heads, _, num_entries, head_dim = lower.shape
         most = math.ceil(self._codec.gamma * num_entries)
         records, retained = self._codec.merge(lower, upper, most)
-        own = lower.new_zeros(num_heads, 2, most, head_dim)
-        for head, stays in enumerate(retained):
-            own[head, :, : int(stays.sum())] = upper[head][:, stays]
-        return self._codec.restore(records, own)
+        own = torch.zeros(num_heads, 2, most, head_dim)
+        for head, (stored, stays) in enumerate(zip(self._stored(upper), retained, strict=True)):
+            own[head, :, : int(stays.sum())] = stored[:, stays]
+        return self._codec.restore(records, own, EntryShape(head_dim, lower.dtype))
+
+    def _stored(self, entries: Tensor) -> Tensor:
+        """Entries [H, 2, M, D] that are not merged as they come back, float32."""
+        vectors = self._codec.vectors
+        data = vectors.encode_vectors(entries.flatten(0, 2))
+        return vectors.decode_vectors(data, entries.shape[3], entries.dtype).view(entries.shape)

@@ -1,7 +1,7 @@
 """How kept entries are stored in fewer bytes, one file each; importing this package fills the list."""
 
 from fastkv_vllm.codecs.affine import AffineCodec
-from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.codecs.base import Codec, EntryShape, VectorCodec
 from fastkv_vllm.codecs.channels import best_channels
 from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
@@ -17,11 +17,15 @@ CODECS: dict[str, Codec] = {
     "kivi2": KiviCodec(2),
     "exact": ExactCodec(),
 }
+NO_CODEC = "none"  # entries are stored as they are
+VECTOR_CODECS = {name: codec for name, codec in CODECS.items() if isinstance(codec, VectorCodec)}
 
 __all__ = [
     "CODECS",
     "MERGES",
+    "NO_CODEC",
     "VALUES",
+    "VECTOR_CODECS",
     "AffineCodec",
     "Codec",
     "EntryShape",
@@ -29,6 +33,7 @@ __all__ = [
     "Float8Codec",
     "KiviCodec",
     "PairCodec",
+    "VectorCodec",
     "best_channels",
     "neighbours",
 ]

@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.codecs.base import VectorCodec
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
 
 CHANNELS = 64  # of a group at most
 
 
 @dataclass(frozen=True)
-class AffineCodec(Codec):
+class AffineCodec(VectorCodec):
     """Codes of a few bits, with a minimum and a step per token, KV head and group of 64 channels.
 
     Source: "More Tokens, Lower Precision", arXiv 2412.12706, section 3, with round-to-nearest in place of HQQ; groups
@@ -26,24 +26,15 @@ class AffineCodec(Codec):
 
     num_bits: int
 
-    def num_bytes(self, entry: EntryShape) -> int:
-        return self._num_bytes(entry.key_dim) + self._num_bytes(entry.head_dim)
-
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        parts = (x.unflatten(-1, (-1, _channels(x.shape[-1]))) for x in (keys, values))  # [N, groups, channels]
-        return torch.cat([quantise(groups, self.num_bits).flatten(1) for groups in parts], dim=1)
-
-    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
-        of_keys = self._num_bytes(entry.key_dim)
-        keys, values = (
-            dequantise(part.unflatten(1, (size // _channels(size), -1)), self.num_bits).flatten(1)
-            for part, size in ((data[:, :of_keys], entry.key_dim), (data[:, of_keys:], entry.head_dim))
-        )
-        return keys, values
-
-    def _num_bytes(self, size: int) -> int:
-        """Bytes of a key or a value of so many elements."""
+    def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
         return size // _channels(size) * group_bytes(_channels(size), self.num_bits)
+
+    def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        groups = vectors.unflatten(-1, (-1, _channels(vectors.shape[-1])))  # [N, groups, channels]
+        return quantise(groups, self.num_bits).flatten(1)
+
+    def decode_vectors(self, data: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return dequantise(data.unflatten(1, (size // _channels(size), -1)), self.num_bits).flatten(1)
 
 
 def _channels(size: int) -> int:

@@ -89,3 +89,34 @@ class Codec(ABC):
                 f"{entry.head_dim} fit where an element has {entry.dtype.itemsize} bytes"
             )
         return num_entries
+
+
+class VectorCodec(Codec):
+    """A codec that encodes each key and each value by itself, so that other vectors may stand in their places."""
+
+    @abstractmethod
+    def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
+        """Bytes of a vector of so many elements, which had this dtype.
+
+        Raises:
+            ValueError: so many elements cannot be encoded.
+        """
+
+    @abstractmethod
+    def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Bytes of vectors, [N, size] -> [N, B] uint8."""
+
+    @abstractmethod
+    def decode_vectors(self, data: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Vectors of so many elements, which had this dtype, [N, B] uint8 -> [N, size] float32."""
+
+    def num_bytes(self, entry: EntryShape) -> int:
+        return sum(self.vector_bytes(size, entry.dtype) for size in (entry.key_dim, entry.head_dim))
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.encode_vectors(keys), self.encode_vectors(values)], dim=1)
+
+    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
+        of_keys = self.vector_bytes(entry.key_dim, entry.dtype)
+        keys = self.decode_vectors(data[:, :of_keys], entry.key_dim, entry.dtype)
+        return keys, self.decode_vectors(data[:, of_keys:], entry.head_dim, entry.dtype)

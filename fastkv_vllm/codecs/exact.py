@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.codecs.base import VectorCodec
 
 
 @dataclass(frozen=True)
-class ExactCodec(Codec):
+class ExactCodec(VectorCodec):
     """Elements in the cache's own dtype: an entry is smaller where not all channels of its key are stored.
 
     Source: arXiv 2407.21018, section 3, which stores the channels it keeps like that.
@@ -17,12 +17,11 @@ class ExactCodec(Codec):
 
     source: ClassVar[str] = "arXiv 2407.21018, section 3"
 
-    def num_bytes(self, entry: EntryShape) -> int:
-        return (entry.key_dim + entry.head_dim) * entry.dtype.itemsize
+    def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
+        return size * dtype.itemsize
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([keys, values], dim=1).view(torch.uint8)
+    def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.contiguous().view(torch.uint8)
 
-    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = data.contiguous().view(entry.dtype).float().split([entry.key_dim, entry.head_dim], dim=1)
-        return keys, values
+    def decode_vectors(self, data: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return data.contiguous().view(dtype).float()

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.codecs.base import VectorCodec
 
 
 @dataclass(frozen=True)
-class Float8Codec(Codec):
+class Float8Codec(VectorCodec):
     """Elements rounded to e4m3; those beyond its range, 448, become the largest.
 
     Source: as vLLM's own `--kv-cache-dtype fp8` with scale 1, but only for what compression has kept.
@@ -18,13 +18,12 @@ class Float8Codec(Codec):
     source: ClassVar[str] = "OCP 8-bit floating point, e4m3"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
 
-    def num_bytes(self, entry: EntryShape) -> int:
-        return entry.key_dim + entry.head_dim
+    def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
+        return size
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         largest = torch.finfo(self.dtype).max
-        return torch.cat([keys, values], dim=1).float().clamp(-largest, largest).to(self.dtype).view(torch.uint8)
+        return vectors.float().clamp(-largest, largest).to(self.dtype).view(torch.uint8)
 
-    def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = data.contiguous().view(self.dtype).float().split([entry.key_dim, entry.head_dim], dim=1)
-        return keys, values
+    def decode_vectors(self, data: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return data.contiguous().view(self.dtype).float()

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from fastkv_vllm.codecs.base import EntryShape
+from fastkv_vllm.codecs.base import EntryShape, VectorCodec
 from fastkv_vllm.kernels.merge_layers import (
     LayerPair,
     distinct_entries,
@@ -22,11 +22,13 @@ _RETAINED = -1.0  # in the place of a magnitude: the entry is the lower layer's 
 
 @dataclass(frozen=True)
 class PairCodec:
-    """One record for each two entries of neighbouring layers at the same place, in the model's dtype.
+    """One record for each two entries of neighbouring layers at the same place.
 
     A record has the direction of the keys, the direction of the values and four magnitudes: of keys and values, of the
     lower and the upper layer. Entries whose directions are too far apart are retained: the record then has the lower
     layer's own, and the upper layer's lies elsewhere. With `values_only` both layers' keys stand as they are.
+
+    Directions, keys and what is retained are stored by another codec; magnitudes always in the model's dtype.
 
     Source: MiniCache, arXiv 2405.14366, sections 3.2 and 3.3; see `kernels.merge_layers` for the arithmetic.
 
@@ -35,6 +37,7 @@ class PairCodec:
         gamma: entries in the band of this share of the range below the largest distance are retained, [0, 1]; of so
             large a share of the entries at most, the farthest.
         values_only: keys are not merged.
+        vectors: how vectors are stored, and entries that are not merged.
     """
 
     source: ClassVar[str] = "arXiv 2405.14366, sections 3.2 and 3.3"
@@ -42,14 +45,17 @@ class PairCodec:
     t: float
     gamma: float
     values_only: bool
+    vectors: VectorCodec
 
-    def width(self, head_dim: int) -> int:
-        """Elements of a record."""
-        return 3 * head_dim + 2 if self.values_only else 2 * head_dim + 4
+    def num_bytes(self, entry: EntryShape) -> int:
+        """Bytes of a record."""
+        num_vectors, num_magnitudes = (3, 2) if self.values_only else (2, 4)
+        of_vector = self.vectors.vector_bytes(entry.head_dim, entry.dtype)
+        return num_vectors * of_vector + num_magnitudes * entry.dtype.itemsize
 
     def page_entries(self, block_size: int, entry: EntryShape) -> int:
         """Records that fit into a page of `block_size` entries."""
-        return block_size * 2 * entry.head_dim // self.width(entry.head_dim)
+        return block_size * entry.num_bytes // self.num_bytes(entry)
 
     def merge(self, lower: torch.Tensor, upper: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Records of two layers' entries.
@@ -59,7 +65,7 @@ class PairCodec:
             most: entries of a sequence that may be retained.
 
         Returns:
-            Records [S, N, width], and which entries are retained, [S, N] bool.
+            Records [S, N, B] uint8, and which entries are retained, [S, N] bool.
         """
         num_sequences, _, num_entries, _ = lower.shape
         pair = _pair(torch.cat([lower, upper]), num_sequences)
@@ -76,38 +82,48 @@ class PairCodec:
         shared = pair.cache[:num_sequences]
         magnitudes = measures.magnitudes.masked_fill(retained[..., None, None], _RETAINED)
         if self.values_only:
-            parts = [lower[:, 0], upper[:, 0], shared[:, 1], magnitudes[:, :, 1]]
+            vectors, numbers = [lower[:, 0], upper[:, 0], shared[:, 1]], magnitudes[:, :, 1]
         else:
-            parts = [shared[:, 0], shared[:, 1], magnitudes.flatten(2)]
-        return torch.cat([part.to(lower.dtype) for part in parts], dim=2), retained
+            vectors, numbers = [shared[:, 0], shared[:, 1]], magnitudes.flatten(2)
+        parts = [self.vectors.encode_vectors(each.flatten(0, 1)) for each in vectors]
+        parts.append(numbers.flatten(0, 1).to(lower.dtype).view(torch.uint8))
+        return torch.cat(parts, dim=1).unflatten(0, (num_sequences, num_entries)), retained
 
-    def restore(self, records: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Keys and values of both layers, [2, S, 2, N, D], from records [S, N, width].
+    def restore(self, records: torch.Tensor, own: torch.Tensor, entry: EntryShape) -> torch.Tensor:
+        """Keys and values of both layers, [2, S, 2, N, D] float32, from records [S, N, B].
 
         Args:
-            own: the upper layer's retained entries in order, keys and values, [S, 2, most, D].
+            own: the upper layer's retained entries in order, keys and values, [S, 2, most, D] float32.
+            entry: what an entry is.
         """
-        num_sequences, num_entries, width = records.shape
-        head_dim = own.shape[3]
-        assert width == self.width(head_dim), "records of another codec"
-        places = records.new_zeros(3 * num_sequences, 2, num_entries, head_dim)
+        num_sequences, num_entries, _ = records.shape
+        *vectors, numbers = self._split(records.flatten(0, 1), entry)
+        parts = [
+            self.vectors.decode_vectors(each, entry.head_dim, entry.dtype).unflatten(0, (num_sequences, num_entries))
+            for each in vectors
+        ]
+        places = own.new_zeros(3 * num_sequences, 2, num_entries, entry.head_dim)
         places[2 * num_sequences :, :, : own.shape[2]] = own[:, :, :num_entries]
-        magnitudes = records.new_zeros(num_sequences, num_entries, 2, 2, dtype=torch.float32)
-        if self.values_only:
-            *keys, directions, of_values = records.split([head_dim, head_dim, head_dim, 2], dim=2)
-            places[:num_sequences, 1], magnitudes[:, :, 1] = directions, of_values.float()
-        else:
-            *directions, of_both = records.split([head_dim, head_dim, 4], dim=2)
-            places[:num_sequences, 0], places[:num_sequences, 1] = directions
-            magnitudes.copy_(of_both.unflatten(2, (2, 2)))
+        places[:num_sequences, 1] = parts[-1]
+        magnitudes = own.new_zeros(num_sequences, num_entries, 2, 2)
+        of_halves = numbers.contiguous().view(entry.dtype).float().view(num_sequences, num_entries, -1, 2)
+        magnitudes[:, :, 2 - of_halves.shape[2] :] = of_halves
+        if not self.values_only:
+            places[:num_sequences, 0] = parts[0]
         retained = magnitudes[:, :, 1, 0] < 0
         pair = _pair(places, num_sequences)
         kept = torch.arange(2 * num_sequences, 3 * num_sequences, dtype=torch.int32).unsqueeze(1)
         restore_layers(pair, pair.lower, kept, magnitudes=magnitudes, retained=retained)
         restored = places[: 2 * num_sequences].unflatten(0, (2, num_sequences))
         if self.values_only:
-            restored[:, :, 0] = torch.stack(keys)
+            restored[:, :, 0] = torch.stack(parts[:2])
         return restored
+
+    def _split(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, ...]:
+        """Bytes of each vector, and those of the magnitudes."""
+        of_vector = self.vectors.vector_bytes(entry.head_dim, entry.dtype)
+        num_vectors = 3 if self.values_only else 2
+        return data.split([of_vector] * num_vectors + [self.num_bytes(entry) - num_vectors * of_vector], dim=1)
 
 
 def neighbours(num_layers: int, first_layer: int | None = None) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """What `--kv-compression` and `--kv-compression-config` say, as one checked object."""
 
-from fastkv_vllm.config.rules import NO_CODEC
 from fastkv_vllm.config.tree import CompressionConfig
 
-__all__ = ["NO_CODEC", "CompressionConfig"]
+__all__ = ["CompressionConfig"]

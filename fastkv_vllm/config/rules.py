@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from fastkv_vllm.codecs import CODECS, MERGES
+from fastkv_vllm.codecs import CODECS, MERGES, NO_CODEC, VECTOR_CODECS
 from fastkv_vllm.kernels.window_scores import POOLINGS
 from fastkv_vllm.methods import (
     CUT_BUDGETS,
@@ -21,8 +21,6 @@ from fastkv_vllm.methods import (
 
 if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
-
-NO_CODEC = "none"
 
 
 def complete(config: "CompressionConfig") -> None:
@@ -152,7 +150,9 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
 def _complete_encoding(config: "CompressionConfig", cls: type[Method]) -> None:
     """Whether what is generated is encoded: room for it is counted in blocks of all layers and heads alike."""
     is_even = not config.make_allocator().is_ragged and config.halting_loss is None
-    fill_in(config, "encode_generated", cls.default_encode_generated and config.codec != NO_CODEC and is_even)
+    by_itself = config.layer_owners is None and config.merge_layers is None
+    has_room = config.codec != NO_CODEC and is_even and by_itself
+    fill_in(config, "encode_generated", cls.default_encode_generated and has_room)
     encodes = config.encode_generated
     check(isinstance(encodes, bool), "encode_generated", "true or false", config)
     check(not encodes or config.codec != NO_CODEC, "encode_generated", "false without a codec", config)
@@ -196,10 +196,13 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
     rule = f"left out: in {config.method} what a layer keeps follows from its own cuts of the prompt"
     check(cls.layer_budgets not in CUT_BUDGETS, "layer_owners", rule, config)
     of_heads = (UNIFORM, *HEAD_BUDGETS) if config.merge_layers is None else (UNIFORM,)
+    codecs = (NO_CODEC,) if config.merge_layers is None else (NO_CODEC, *VECTOR_CODECS)
     for name, allowed, rule in (
         ("layer_budgets", (UNIFORM,), UNIFORM),
         ("head_budgets", of_heads, " or ".join(of_heads)),
-        ("codec", (NO_CODEC,), NO_CODEC),
+        ("codec", codecs, " or ".join(codecs)),
+        ("channel_ratio", (None, 1.0), "left out"),
+        ("encode_generated", (False,), "false"),
         ("evict_while_decoding", (False,), "false"),
         ("halting_loss", (None,), "left out"),
         ("rank_variance", (None,), "left out"),

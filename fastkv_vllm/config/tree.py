@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
-from fastkv_vllm.codecs import CODECS, VALUES, EntryShape, PairCodec, neighbours
-from fastkv_vllm.config.rules import NO_CODEC, as_json, complete, each
+from fastkv_vllm.codecs import CODECS, NO_CODEC, VALUES, VECTOR_CODECS, EntryShape, ExactCodec, PairCodec, neighbours
+from fastkv_vllm.config.rules import as_json, complete, each
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, OBSERVED, Allocator, BudgetOptions, Method, method_class
 
 
@@ -207,7 +207,9 @@ class CompressionConfig:
     def pair_codec(self) -> PairCodec:
         """How layers are merged."""
         assert self.merge_t is not None and self.merge_gamma is not None, "filled in with merge_layers"
-        return PairCodec(self.merge_t, self.merge_gamma, values_only=self.merge_layers == VALUES)
+        assert self.codec is not None, "filled in by __post_init__"
+        vectors = ExactCodec() if self.codec == NO_CODEC else VECTOR_CODECS[self.codec]
+        return PairCodec(self.merge_t, self.merge_gamma, self.merge_layers == VALUES, vectors)
 
     def _require_owners_of(self, num_layers: int) -> None:
         owners = self.layer_owners

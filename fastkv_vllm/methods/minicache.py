@@ -16,7 +16,7 @@ class MiniCache(StreamingLLM):
 
     Source: arXiv 2405.14366, section 3. Differences: values only, unless `merge_layers` says otherwise (theirs: keys,
     too, which loses several times as many answers of our small model); the prompt is read with each layer's own entries
-    and merged when it ends; what is generated is not merged; no codes of four bits on top.
+    and merged when it ends; what is generated is not merged; codes of four bits only with a `codec`.
     """
 
     source: ClassVar[str] = "arXiv 2405.14366, section 3"

@@ -98,13 +98,10 @@ def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -
     for first in range(0, num_ranks * num_heads, num_heads):
         layers = [layer[first : first + num_heads] for layer in generation.kept]
         heads = [len(head) - plan.num_tail for layer in layers for head in layer]
-        if plan.layer_owners:  # alike in all layers
-            heads = [
-                plan.pages_of_layers(entries // plan.block_size)[layer] * plan.block_size
-                for layer in range(len(layers))
-                for entries in heads[layer * num_heads : (layer + 1) * num_heads]
-            ]
         pages = sum(-(-(entries + awaited) // (plan.page_entries or plan.block_size)) for entries in heads)
+        if plan.layer_owners:
+            by_layer = [plan.pages_of_layers(entries // plan.block_size) for entries in heads]
+            pages = sum(held[number // num_heads] for number, held in enumerate(by_layer))
         needed.append(-(-pages // len(heads)))
     return plan.num_whole_blocks - max(needed)
 

@@ -95,6 +95,11 @@ MERGED = {
         "streamingllm",
         WHOLE | {"retention_ratio": 0.6, "merge_layers": "keys_and_values", "merge_gamma": 0.3, "merge_t": 0.3},
     ),
+    "minicache-int4": ("minicache", {"min_tokens": 128, "codec": "int4", "merge_gamma": 0.3}),
+    "minicache-keys-int8": (
+        "minicache",
+        {"min_tokens": 128, "merge_layers": "keys_and_values", "codec": "int8", "residual_window": 40},
+    ),
 }
 # Of a server with room for all of REQUESTS: the rows of three cuts of the longest prompt.
 SERVER = TSP | {"max_tsp_tokens": 3 * 2048}
@@ -134,6 +139,7 @@ REQUESTS = {
     "think": ("think", SMALL),
     "minicache": MERGED["minicache"],
     "minicache-keys": MERGED["minicache-keys"],
+    "minicache-int4": MERGED["minicache-int4"],
     **GUARDED,
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

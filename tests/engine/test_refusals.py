@@ -210,6 +210,11 @@ def test_layers_are_merged_where_a_report_says_that_answers_survive(checkpoint, 
     assert served(layer_owners=str(file), merge_limit=0.06).layer_owners == tuple(owners)
     with pytest.raises(ValueError, match=r"merge_gamma must be as in .*merging\.json, 0\.05; got 0\.1: calibr"):
         served(layer_owners=str(file), merge_limit=0.06, merge_gamma=0.1)
+    with pytest.raises(ValueError, match=r"codec must be as in .*merging\.json, 'none'; got 'int4': calibrate merging"):
+        served(layer_owners=str(file), merge_limit=0.06, codec="int4")
+    measured["codec"] = "int4"
+    save(make("layer-merging", checkpoint, command="-", settings=measured, data={"owners": owners, "lost": 0.0}), file)
+    assert served(layer_owners=str(file), codec="int4").layer_owners == tuple(owners)
     for method, settings in (("minicache", {"layer_owners": owners}), ("streamingllm", {"merge_layers": "values"})):
         with pytest.raises(ValueError, match="layer_owners must be the path of a file of `fastkv-vllm calibrate merg"):
             served(method, **settings)

