@@ -112,8 +112,16 @@ class Compressor:
             self._carry_out()
 
     def _rate(self, prefill: PrefillRows, rows: LayerRows) -> None:
-        """Rate a prompt's entries in a layer; where it ends choose what goes on, and with even budgets what stays."""
+        """Rate a prompt's entries in a layer; where it ends choose what goes on, and with even budgets what stays.
+
+        A layer that has its owner's entries is rated only where rows are cut after it.
+        """
         plan, method = prefill.plan, prefill.recipe.method
+        owner = plan.layer_owners[rows.layer] if plan.layer_owners else rows.layer
+        if owner != rows.layer and rows.layer not in dict(plan.cuts):
+            if prefill.destination is not None:
+                self._uneven[prefill.request_id].follow(owner)
+            return
         with self.stats.timed("score_us"):
             inputs = self.votes.inputs(prefill, rows)
             if prefill.destination is None:

@@ -91,6 +91,11 @@ class UnevenPrompt:
             mass = attention_mass(inputs["queries"], inputs["keys"])
             self.recalls.append(recall_by_pages(scores, mass, plan.block_size))
 
+    def follow(self, owner: int) -> None:
+        """Take down a layer, in order, that has the entries of an earlier one."""
+        self.prefills.append(self.prefills[owner])
+        self.scores.append(self.scores[owner])
+
     def share(self, prefill: PrefillRows, pool: PagePool, stats: WorkerStats) -> Shared:
         """Pages for every layer and head, and copies of what goes there.
 
@@ -107,10 +112,11 @@ class UnevenPrompt:
                 scores = [of.masked_fill(layer, -float("inf")) for of, layer in zip(scores, gone, strict=True)]
             counts = self._counts(prefill, scores, pool, stats)
             held = _hold(prefill, counts, pool)
-            kept = [
-                select_ragged(layer.expand(pool.num_heads, -1), count * plan.block_size)
-                for layer, count in zip(scores, counts, strict=True)
-            ]
+            kept: list[torch.Tensor] = []
+            for layer, owner in enumerate(plan.layer_owners or range(len(scores))):
+                num_kept = counts[layer] * plan.block_size
+                own = owner == layer
+                kept.append(select_ragged(scores[layer].expand(pool.num_heads, -1), num_kept) if own else kept[owner])
         with stats.timed("compact_us"):
             num_seen = [layer.shape[1] for layer in scores]
             moves = uneven_moves(prefill, pool, held, kept, num_seen, by_block, self.voters)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastkv_vllm.cache import PromptPlan
+from fastkv_vllm.codecs import PairCodec
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference
 from tests.engine.requests import answer, ask, filled
 from tests.engine.settings import MERGED, REQUESTS, SHARING
@@ -27,8 +28,13 @@ def test_mixed_requests(engine, step_tokens):
 
 @pytest.mark.parametrize("name", SHARING)
 @pytest.mark.parametrize("num_tokens", [700, 704, 1001])
-def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
-    """The blocks held are those of the other layers' pages, each held once; tables name the owner's pages."""
+def test_layers_that_read_others_hold_no_pages(engine, monkeypatch, name, num_tokens):
+    """The blocks held are those of the other layers' pages, each held once; tables name the owner's pages.
+
+    Nor are they rated, unless rows are cut after them.
+    """
+    rated, inputs = set(), engine.compressor.votes.inputs
+    monkeypatch.setattr(engine.compressor.votes, "inputs", lambda *a: rated.add(a[1].layer) or inputs(*a))
     method, settings = SHARING[name]
     config = filled(method, settings)
     prompt = clear(engine.checkpoint, config, *make_prompts([num_tokens], seed=num_tokens), 4)
@@ -41,6 +47,7 @@ def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
     owned, owners = held[-1].owned, plan.layer_owners
     follows = [layer != owner for layer, owner in enumerate(owners)]
     assert not owned.counts[follows].any()
+    assert rated == {layer for layer in range(8) if not follows[layer] or layer in dict(plan.cuts)}
     num_owning = len(owners) - sum(follows)
     assert owned.counts.sum() == plan.num_pages * num_owning * owned.counts.shape[1]
     in_prompt = -(-plan.num_pages * num_owning // len(owners))
@@ -53,7 +60,10 @@ def test_layers_that_read_others_hold_no_pages(engine, name, num_tokens):
 
 @pytest.mark.parametrize("name", MERGED)
 @pytest.mark.parametrize("num_tokens", [700, 704])
-def test_merged_layers_hold_records_and_what_is_retained(engine, name, num_tokens):
+def test_merged_layers_hold_records_and_what_is_retained(engine, monkeypatch, name, num_tokens):
+    """Each pair comes back once a step."""
+    restored, restore = [], PairCodec.restore
+    monkeypatch.setattr(PairCodec, "restore", lambda *a: restored.append(a) or restore(*a))
     method, settings = MERGED[name]
     config = filled(method, settings)
     prompt = clear(engine.checkpoint, config, *make_prompts([num_tokens], seed=num_tokens), 4)
@@ -75,6 +85,7 @@ def test_merged_layers_hold_records_and_what_is_retained(engine, name, num_token
     assert stored.counts.tolist() == [[count, count] for count in expected]
     assert blocks[-1] == -(-sum(expected) // 8) + -(-(num_tokens + 3) // BLOCK_SIZE) - plan.num_whole_blocks
     assert sum(expected) < 8 * plan.num_pages
+    assert len(restored) == 3 * (8 - len(set(plan.layer_owners))), "in the steps after the prompt's"
     taken = stored.pages[torch.arange(stored.pages.shape[2]) < stored.counts.unsqueeze(-1)]
     assert len(set(taken.tolist())) == len(taken), "a page is held twice"
 
