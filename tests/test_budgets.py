@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkv_vllm.adapter.encoded import stored_pages
-from fastkv_vllm.adapter.pages import PageLayout
+from fastkv_vllm.adapter.pages import ProbedLayout
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, TableCache, blocks_for
 from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
@@ -154,7 +154,7 @@ def test_bad_ragged_counts_are_refused(counts: list[int]) -> None:
 
 @pytest.fixture
 def pool() -> PagePool:
-    layout = PageLayout.probe(block_size=BLOCK_SIZE, head_dim=HEAD_DIM, dtype=torch.float32, isa="vec")
+    layout = ProbedLayout.probe(block_size=BLOCK_SIZE, head_dim=HEAD_DIM, dtype=torch.float32, isa="vec")
     storage = torch.zeros(NUM_LAYERS, 10, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     return PagePool.of(list(storage), layout)
 

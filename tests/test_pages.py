@@ -1,4 +1,4 @@
-"""`PageLayout` against the CPU engine's own writer: what was written at a slot is what is read back, bit for bit."""
+"""Layouts of pages against vLLM's own writers: what was written at a slot is what is read back, bit for bit."""
 
 import pytest
 import torch
@@ -6,20 +6,20 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from fastkv_vllm.adapter.pages import PageLayout
+from fastkv_vllm.adapter.pages import ProbedLayout, RowLayout
 
 NUM_BLOCKS, NUM_HEADS = 7, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Head dimensions, block sizes, types, and the layouts the writer knows: the one vLLM picks on this processor, the
-# generic one, and AMX tiles, which are plain stores and need no AMX.
+# generic one, and AMX tiles, which are plain stores and need no AMX; and rows, as backends for GPUs store them.
 SHAPES = [
     (head_dim, block_size, dtype, isa)
     for head_dim in (32, 64, 80, 128, 256)
     for block_size in (32, 64, 128)
     for dtype in DTYPES
     for isa in sorted(
-        {_get_attn_isa(dtype, block_size, head_dim), "vec16"} | ({"amx"} if head_dim % 32 == 0 else set())
+        {_get_attn_isa(dtype, block_size, head_dim), "vec16", "rows"} | ({"amx"} if head_dim % 32 == 0 else set())
     )
     if isa != "amx" or dtype == torch.bfloat16
 ]
@@ -35,7 +35,10 @@ class Cache:
 
     def __init__(self, head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
         self.block_size, self.isa = block_size, isa
-        self.layout = PageLayout.probe(block_size=block_size, head_dim=head_dim, dtype=dtype, isa=isa)
+        if isa == "rows":
+            self.layout = RowLayout(block_size, head_dim)
+        else:
+            self.layout = ProbedLayout.probe(block_size=block_size, head_dim=head_dim, dtype=dtype, isa=isa)
         self.pages = torch.full((NUM_BLOCKS, NUM_HEADS, block_size, 2 * head_dim), torch.nan, dtype=dtype)
         self.keys = torch.full((NUM_BLOCKS * block_size, NUM_HEADS, head_dim), torch.nan, dtype=dtype)
         self.values = self.keys.clone()
@@ -50,7 +53,12 @@ class Cache:
         self.keys[slots], self.values[slots] = keys, values
 
     def write_as_vllm(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """The lines of `CPUAttentionBackendImpl.do_kv_cache_update`."""
+        """The lines of `do_kv_cache_update` of the CPU's and of a GPU's attention, whose kernel is one of these."""
+        if self.isa == "rows":
+            caches = self.pages.transpose(1, 2).split(self.layout.head_dim, dim=-1)
+            for cache, entries in zip(caches, (keys, values), strict=True):
+                cache[slots // self.block_size, slots % self.block_size] = entries
+            return
         halves = self.pages.view(NUM_BLOCKS, NUM_HEADS, self.block_size * 2, -1)
         ops.cpu_attn_reshape_and_cache(keys, values, *halves.chunk(2, dim=2), slots, self.isa)
 
@@ -136,6 +144,8 @@ def test_write_changes_its_slots_only(head_dim: int, block_size: int, dtype: tor
 
 @EACH_SHAPE
 def test_a_negative_slot_is_skipped(head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
+    if isa == "rows":
+        pytest.skip("nothing writes to a negative slot")
     cache = Cache(head_dim, block_size, dtype, isa)
     keys, values = cache.entries(5)
     slots = torch.tensor([7, -1, block_size, -1, 2])
@@ -160,7 +170,7 @@ def test_strided_rows_are_written(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layout_is_a_permutation(dtype: torch.dtype) -> None:
     for isa in ("vec16", _get_attn_isa(dtype, 32, 64)):
-        layout = PageLayout.probe(block_size=32, head_dim=64, dtype=dtype, isa=isa)
+        layout = ProbedLayout.probe(block_size=32, head_dim=64, dtype=dtype, isa=isa)
         for offsets in (layout.key_offsets, layout.value_offsets):
             assert offsets.sort().values.tolist() == list(range(32 * 64))
 
@@ -171,4 +181,4 @@ def test_a_writer_that_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", write_keys_only)
     with pytest.raises(RuntimeError, match="layout 'vec' of this vLLM does not store each element exactly once"):
-        PageLayout.probe(block_size=32, head_dim=64, dtype=torch.float32, isa="vec")
+        ProbedLayout.probe(block_size=32, head_dim=64, dtype=torch.float32, isa="vec")

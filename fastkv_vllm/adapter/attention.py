@@ -1,28 +1,41 @@
-"""The CPU attention backend: reads where compression has put the entries, compacts prompts that end."""
+"""Attention that reads where compression has put the entries and compacts prompts that end: what all backends share.
 
+A backend of `backends/` is three classes, each one of these before vLLM's own: writes are vLLM's, and so is every
+kernel that reads. Rows that are read head by head go to the same kernel as one sequence per (request, KV head).
+"""
+
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from fastkv_vllm.adapter.batch import Batch, DecodeRows, LayerRows, PrefillRows, take_requests
+from fastkv_vllm.adapter.batch import (
+    Batch,
+    DecodeRows,
+    LayerRows,
+    PrefillRows,
+    take_requests,
+    take_sequences,
+)
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.device import made_on
 from fastkv_vllm.adapter.encoded import EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
 from fastkv_vllm.adapter.revival import RevivalStep
 
@@ -30,29 +43,34 @@ _layer_index = cache(extract_layer_index)  # it takes a name apart, in every lay
 
 
 @dataclass
-class CompressionMetadata(CPUAttentionMetadata):
-    """The engine's metadata, the prompts to compress, the rows that vote on, and those that are read head by head.
+class CompressionMetadata:
+    """vLLM's metadata, the prompts to compress, the rows that vote on, and those that are read head by head.
 
-    Where there are `reads`, of pages as they are and of encoded ones, the metadata's own tables are not used: `plain`
-    has those of the other requests, whose rows are `plain_rows`; both are None where there are none. With `revival`
-    rows that come back stand at the batch's end.
+    Where there are `reads`, of pages as they are and of encoded ones, `plain` is of the other requests, whose rows are
+    `plain_rows`; both are None where there are none. With `revival` rows that come back stand at the batch's end.
     """
 
+    plain: Any
+    num_tokens: int
+    max_query_len: int
     prefills: tuple[PrefillRows, ...] = ()
     decodes: tuple[DecodeRows, ...] = ()
     compressor: Compressor | None = None
     reads: tuple[HeadReads, ...] = ()
-    plain: CPUAttentionMetadata | None = None
     plain_rows: torch.Tensor | None = None
     revival: RevivalStep | None = None
 
 
-class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
+class CompressionMetadataBuilder(AttentionMetadataBuilder):
     """Builds metadata of the step the runner has put into `batch`; without one it is vLLM's builder.
 
     `view` keeps what the last build read from: vLLM's common metadata past the null blocks.
     """
 
+    _cudagraph_support = AttentionCGSupport.NEVER  # tables and lengths have a new address in each step
+    supports_update_block_table = False
+
+    block_size: int
     batch: Batch | None = None
     compressor: Compressor | None = None
     view: CommonAttentionMetadata | None = None
@@ -61,13 +79,26 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         self._tables = TableCache()
 
+    def page_layout(self, dtype: torch.dtype) -> PageLayout:
+        """How this backend lays out a page inside."""
+        raise NotImplementedError
+
+    def for_heads(self) -> "CompressionMetadataBuilder":
+        """A copy that builds metadata of sequences of one KV head each."""
+        return copy.copy(self)
+
+    @cached_property
+    def _of_heads(self) -> "CompressionMetadataBuilder":
+        return self.for_heads()
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> CPUAttentionMetadata:
+    ) -> Any:
         if self.batch is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        self.view = self.batch.read_view(common_attn_metadata)
-        return self.build_for(self.view, self.batch.prefills, self.batch.decodes, self.batch.held)
+        with made_on(self.device):
+            self.view = self.batch.read_view(common_attn_metadata)
+            return self.build_for(self.view, self.batch.prefills, self.batch.decodes, self.batch.held)
 
     def build_for(
         self,
@@ -84,32 +115,19 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
             decodes: compressed requests whose entries are rated.
             held: number of a request in `view` -> its pages.
         """
-        if not held:
-            plain = super().build(0, view)
-            return CompressionMetadata(**vars(plain), prefills=prefills, decodes=decodes, compressor=self.compressor)
-        starts = view.query_start_loc.tolist()
-        others = [i for i in range(view.num_reqs) if i not in held]
-        plain, plain_rows = None, None
-        if others:
-            plain = super().build(0, take_requests(view, others, [starts[i + 1] - starts[i] for i in others]))
-            plain_rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in others])
-        return CompressionMetadata(
-            num_actual_tokens=view.num_actual_tokens,
-            max_query_len=view.max_query_len,
-            query_start_loc=view.query_start_loc,
-            max_seq_len=view.max_seq_len,
-            seq_lens=view.seq_lens,
-            block_table=view.block_table_tensor,
-            slot_mapping=view.slot_mapping,
-            scheduler_metadata=None,
-            prefills=prefills,
-            decodes=decodes,
-            compressor=self.compressor,
-            reads=self._head_reads(view, held),
-            plain=plain,
-            plain_rows=plain_rows,
-            revival=None if self.batch is None else self.batch.revival,
+        metadata = CompressionMetadata(
+            None, view.num_actual_tokens, view.max_query_len, prefills, decodes, self.compressor
         )
+        if not held:
+            return replace(metadata, plain=super().build(0, view))
+        starts = view.query_start_loc_cpu.tolist()
+        others = [i for i in range(view.num_reqs) if i not in held]
+        if others:
+            metadata.plain = super().build(0, take_requests(view, others, [starts[i + 1] - starts[i] for i in others]))
+            metadata.plain_rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in others])
+        metadata.reads = self._head_reads(view, held)
+        metadata.revival = None if self.batch is None else self.batch.revival
+        return metadata
 
     def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, Held]) -> tuple[HeadReads, ...]:
         assert self.compressor is not None, "set up with the cache"
@@ -120,46 +138,26 @@ class CompressionMetadataBuilder(CPUAttentionMetadataBuilder):
         if encoded := {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}:
             reads.append(EncodedReads(rows_of(encoded, view, self.block_size), pool))
         for part in reads:
-            part.metadata = self._schedules(part, view)
+            part.metadata = self._of_sequences(part, view)
         return tuple(reads)
 
-    def _schedules(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[CPUAttentionMetadata]:
-        """The engine's metadata of the sequences of each layer."""
+    def _of_sequences(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[Any]:
+        """vLLM's metadata of the sequences of each layer."""
         metadata = []
-        schedules: dict[tuple[int, ...], torch.Tensor] = {}
+        built: dict[tuple[int, ...], Any] = {}
         for table, lengths, key in zip(reads.tables, reads.seq_lens, map(tuple, reads.seq_lens.tolist()), strict=True):
-            if key not in schedules:  # layers of equal lengths share one
-                schedules[key] = ops.cpu_attn_get_scheduler_metadata(
-                    num_reqs=len(key),
-                    num_heads=self.num_heads // self.num_kv_heads,
-                    num_kv_heads=1,
-                    head_dim=self.head_dim,
-                    seq_lens=lengths,
-                    dtype=self.dtype,
-                    query_start_loc=reads.query_start,
-                    causal=True,
-                    sliding_window_size=self.window_size,
-                    isa=self.isa,
-                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                    kv_cache_dtype=self.kv_cache_dtype,
-                )
-            metadata.append(
-                CPUAttentionMetadata(
-                    num_actual_tokens=int(reads.query_start[-1]),
-                    max_query_len=max(row.count for row in reads.rows),
-                    query_start_loc=reads.query_start,
-                    max_seq_len=max(key),
-                    seq_lens=lengths,
-                    block_table=table,
-                    slot_mapping=view.slot_mapping,
-                    scheduler_metadata=schedules[key],
-                )
-            )
+            if key not in built:  # layers of equal lengths share one
+                sequences = take_sequences(view, table, lengths, reads.query_start, max(r.count for r in reads.rows))
+                built[key] = super(CompressionMetadataBuilder, self._of_heads).build(0, sequences)
+            metadata.append(replace(built[key], block_table=table))
         return metadata
 
 
-class CompressionAttentionImpl(CPUAttentionBackendImpl):
+class CompressionAttentionImpl(AttentionImpl):
     """Attention as ever, then the compaction of the prompts that end."""
+
+    num_kv_heads: int
+    num_queries_per_kv: int
 
     def forward(
         self,
@@ -168,21 +166,32 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if isinstance(attn_metadata, CompressionMetadata) and attn_metadata.reads:
-            self._forward_heads(layer, query, key, value, kv_cache, attn_metadata, output)
-        else:
-            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if isinstance(attn_metadata, CompressionMetadata) and (attn_metadata.prefills or attn_metadata.decodes):
-            assert attn_metadata.compressor is not None, "set with the prefills"
-            layer_index, layout = _layer_index(layer.layer_name), attn_metadata.compressor.layout
-            rows = LayerRows(layer_index, self.scale, query, key, value, kv_cache, layout)
-            attn_metadata.compressor.after_attention(attn_metadata.prefills, attn_metadata.decodes, rows)
+        scales = (output_scale, output_block_scale)
+        if not isinstance(attn_metadata, CompressionMetadata):
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        with made_on(query.device):
+            if attn_metadata.reads:
+                self._forward_heads(layer, query, key, value, kv_cache, attn_metadata, output)
+            else:
+                super().forward(layer, query, key, value, kv_cache, attn_metadata.plain, output, *scales)
+            if attn_metadata.prefills or attn_metadata.decodes:
+                assert attn_metadata.compressor is not None, "set with the prefills"
+                layer_index, layout = _layer_index(layer.layer_name), attn_metadata.compressor.layout
+                rows = LayerRows(layer_index, self.scale, query, key, value, kv_cache, layout)
+                attn_metadata.compressor.after_attention(attn_metadata.prefills, attn_metadata.decodes, rows)
         return output
+
+    @cached_property
+    def _of_heads(self) -> "CompressionAttentionImpl":
+        """The same attention, of sequences of one KV head each."""
+        impl = copy.copy(self)
+        impl.num_heads, impl.num_kv_heads = self.num_queries_per_kv, 1
+        return impl
 
     def _forward_heads(
         self,
@@ -221,18 +230,19 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
             part = torch.empty_like(output[rows])
             super().forward(layer, query[rows], key, value, kv_cache, metadata.plain, part)
             output[rows] = part
+        of_heads = super(CompressionAttentionImpl, self._of_heads).forward
         layer_index, shape = _layer_index(layer.layer_name), (self.num_queries_per_kv, self.head_size)
         if metadata.plain is None and metadata.max_query_len == 1 and len(metadata.reads) == 1:
             (reads,) = metadata.reads  # queries stand sequence by sequence
-            num_tokens, schedule = metadata.num_actual_tokens, reads.metadata[layer_index]
-            ours, part = query[:num_tokens].reshape(-1, *shape), output[:num_tokens].view(-1, *shape)
-            super().forward(layer, ours, key, value, reads.cache(layer_index), schedule, part)
+            ours = query[: metadata.num_tokens].reshape(-1, *shape)
+            part = output[: metadata.num_tokens].view(-1, *shape)
+            of_heads(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
             return
         for reads in metadata.reads:
             rows, heads = reads.queries
             ours = query.view(query.shape[0], self.num_kv_heads, *shape)[rows, heads]
             part = torch.empty_like(ours)
-            super().forward(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
+            of_heads(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
             output.view(output.shape[0], self.num_kv_heads, *shape)[rows, heads] = part
 
     def do_kv_cache_update(
@@ -242,16 +252,12 @@ class CompressionAttentionImpl(CPUAttentionBackendImpl):
         super().do_kv_cache_update(layer, key[:count], value[:count], kv_cache, slot_mapping)
 
 
-class CompressionBackend(CPUAttentionBackend):
-    """Registered over CPU_ATTN while a compressing worker loads its model."""
+class CompressionBackend(AttentionBackend):
+    """Registered over one of vLLM's backends while a compressing worker loads its model."""
 
-    @staticmethod
-    def get_impl_cls() -> type[CompressionAttentionImpl]:
-        return CompressionAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[CompressionMetadataBuilder]:
-        return CompressionMetadataBuilder
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)  # a page is one run of memory, and each KV head of a block has its own
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

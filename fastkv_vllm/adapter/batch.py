@@ -157,10 +157,13 @@ class Batch:
         common = copy.copy(common)
         common.block_table_tensor = common.block_table_tensor.clone()
         common.seq_lens = common.seq_lens.clone()
+        common.seq_lens_cpu_upper_bound = common.seq_lens_cpu_upper_bound.clone()
         for row, count in self.null_blocks.items():
             table = common.block_table_tensor[row]
             table[:-count] = table[count:].clone()
-            common.seq_lens[row] -= count * self.block_size
+            for lengths in (common.seq_lens, common.seq_lens_cpu_upper_bound):
+                lengths[row] -= count * self.block_size
+        common.max_seq_len = int(common.seq_lens_cpu_upper_bound.max())
         return common
 
 
@@ -175,12 +178,33 @@ def take_requests(common: Any, requests: Sequence[int], counts: Sequence[int]) -
         counts: rows of each.
     """
     part = copy.copy(common)
-    rows = torch.tensor(counts, dtype=torch.int32)
-    index = torch.tensor(requests)
-    part.query_start_loc = torch.nn.functional.pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
-    part.query_start_loc_cpu = part.query_start_loc
+    rows, index = torch.tensor(counts, dtype=torch.int32, device="cpu"), torch.tensor(requests, device="cpu")
+    part.query_start_loc_cpu = torch.nn.functional.pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
+    part.query_start_loc = part.query_start_loc_cpu.to(common.seq_lens.device)
     part.seq_lens = common.seq_lens[index]
+    part.seq_lens_cpu_upper_bound = common.seq_lens_cpu_upper_bound[index]
     part.block_table_tensor = common.block_table_tensor[index]
     part.num_reqs, part.num_actual_tokens = len(requests), int(rows.sum())
-    part.max_query_len, part.max_seq_len = int(rows.max()), int(part.seq_lens.max())
+    part.max_query_len, part.max_seq_len = int(rows.max()), int(part.seq_lens_cpu_upper_bound.max())
+    return part
+
+
+def take_sequences(
+    common: Any, table: torch.Tensor, seq_lens: torch.Tensor, query_start: torch.Tensor, max_query_len: int
+) -> Any:
+    """Metadata of sequences that are one (request, KV head) each, whose queries stand in their order.
+
+    Args:
+        common: vLLM's CommonAttentionMetadata of the batch; not changed.
+        table: pages of each, [S, width] int32.
+        seq_lens: entries of each, [S] int32, on the host.
+        query_start: first query of each and their number, [S + 1] int32, on the host.
+        max_query_len: most queries of one.
+    """
+    part, device = copy.copy(common), common.seq_lens.device
+    part.block_table_tensor = table
+    part.seq_lens, part.seq_lens_cpu_upper_bound = seq_lens.to(device), seq_lens
+    part.query_start_loc, part.query_start_loc_cpu = query_start.to(device), query_start
+    part.num_reqs, part.num_actual_tokens = len(seq_lens), int(query_start[-1])
+    part.max_query_len, part.max_seq_len = max_query_len, int(part.seq_lens_cpu_upper_bound.max())
     return part

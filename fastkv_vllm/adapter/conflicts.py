@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
+from vllm.v1.attention.selector import get_attn_backend
 
+from fastkv_vllm.adapter.backends import BACKENDS
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import method_class
 
@@ -19,7 +21,7 @@ ARCHITECTURES = (
     "GemmaForCausalLM",
     "Idefics3ForConditionalGeneration",
 )
-_STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+_STOCK_WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,19 @@ class Conflict:
 
 def _unless(holds: bool, found: str) -> str | None:
     return None if holds else found
+
+
+def _platform(config: Any) -> str | None:
+    return _unless(current_platform.device_name in _STOCK_WORKERS, f"platform {current_platform.device_name}")
+
+
+def _backend(config: Any) -> str | None:
+    """Asks vLLM what it will take, before it loads anything."""
+    if config.model_config.use_mla or _platform(config) is not None:
+        return None  # said elsewhere
+    with set_current_vllm_config(config):
+        chosen = get_attn_backend(config.model_config.get_head_size(), config.model_config.dtype, "auto").get_name()
+    return _unless(chosen in BACKENDS, chosen)
 
 
 def _window(config: Any) -> str | None:
@@ -76,10 +91,11 @@ def _other_than_tokens(config: Any) -> str | None:
 
 WITHOUT = "serve it without --kv-compression"
 CONFLICTS = (
+    Conflict("vLLM on a CPU or on a GPU by CUDA", _platform, WITHOUT),
     Conflict(
-        "vLLM's CPU engine (GPU backends are not written yet)",
-        lambda c: _unless(current_platform.is_cpu(), f"platform {current_platform.device_name}"),
-        WITHOUT,
+        f"attention by one of {', '.join(BACKENDS)}",
+        _backend,
+        f"use --attention-backend {' or '.join(name for name in BACKENDS if name != 'CPU_ATTN')}",
     ),
     Conflict(
         f"one of {', '.join(ARCHITECTURES)}",
@@ -126,7 +142,7 @@ CONFLICTS = (
     ),
     Conflict(
         "its own worker",
-        lambda c: _unless(c.parallel_config.worker_cls == _STOCK_WORKER, f"{c.parallel_config.worker_cls}"),
+        lambda c: _unless(c.parallel_config.worker_cls in _STOCK_WORKERS.values(), f"{c.parallel_config.worker_cls}"),
         "drop --worker-cls",
     ),
     Conflict(

@@ -6,6 +6,7 @@ of groups of encoded entries. Attention reads a copy of one layer at a time, dec
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -36,6 +37,10 @@ class EncodedPages:
     codec: Codec
     entry: EntryShape
     channels: torch.Tensor | None
+
+    @cached_property
+    def host_counts(self) -> torch.Tensor:
+        return self.counts.cpu()
 
     @classmethod
     def share(

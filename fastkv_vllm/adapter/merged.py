@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -34,6 +35,10 @@ class MergedPages:
     entry: EntryShape
     upper: dict[int, int]
     num_retained: int
+
+    @cached_property
+    def host_counts(self) -> torch.Tensor:
+        return self.counts.cpu()
 
     @classmethod
     def share(

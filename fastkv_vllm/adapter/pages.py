@@ -1,5 +1,6 @@
-"""How the CPU engine lays out a page, found by asking its own writer."""
+"""How an engine lays out the entries of a page: in rows, or as the CPU engine's own writer tells when asked."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,28 +11,122 @@ _BASE = 64  # digits of this base are exact in every cache dtype
 
 
 @dataclass(frozen=True)
-class PageLayout:
+class PageLayout(ABC):
     """Where entry t, element d of a page lies.
 
-    A page of one layer and KV head is `2 * block_size * head_dim` numbers, keys first. Inside each half the order
-    depends on the instruction set vLLM chose ("vec" stores keys transposed, "amx" in tiles), so it is not coded
-    here: `probe` writes numbered entries through vLLM's own op and reads where they went.
+    A page of one layer and KV head is `2 * block_size * head_dim` numbers of a cache [blocks, H, block_size, 2 * D].
 
     Fields:
         block_size: entries per page.
         head_dim: elements per key or value.
-        isa: vLLM's name of the layout.
-        key_offsets, value_offsets: offsets inside a half, [block_size * head_dim] int64, entry-major.
     """
 
     block_size: int
     head_dim: int
+
+    def read_keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
+        """The first `num_entries` keys stored in `blocks`, [H, num_entries, D].
+
+        See `read_values` for the values.
+
+        Args:
+            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
+            blocks: block ids in order, [B] int64.
+            num_entries: at most B * block_size.
+        """
+        return self._first(kv_cache, 0, blocks, num_entries)
+
+    def read_values(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
+        """The first `num_entries` values stored in `blocks`, [H, num_entries, D]; arguments as for `read_keys`."""
+        return self._first(kv_cache, 1, blocks, num_entries)
+
+    def gather(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, entries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of chosen entries, each [K, H, D].
+
+        Args:
+            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
+            blocks: block ids in order, [B] int64.
+            entries: entry numbers per head, [H, K] int64.
+        """
+        num_heads = kv_cache.shape[1]
+        heads = torch.arange(num_heads, device=entries.device).unsqueeze(1)
+        pages = blocks[entries // self.block_size] * num_heads + heads
+        return self.take(kv_cache, pages.T, (entries % self.block_size).T)
+
+    @abstractmethod
+    def take(
+        self, kv_cache: torch.Tensor, pages: torch.Tensor, within: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of entries by page, each [..., D].
+
+        Args:
+            kv_cache: [num_blocks, H, block_size, 2 * D]; page block * H + head.
+            pages, within: page, and entry number within it, of each, [...] int64.
+        """
+
+    @abstractmethod
+    def write(self, kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store entries at slots, all heads at the same ones.
+
+        Args:
+            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D]; changed in place.
+            keys, values: [K, H, D].
+            slots: [K] int64, block id * block_size + offset.
+        """
+
+    @abstractmethod
+    def _read(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys (part 0) or values of whole blocks, [B, H, block_size, D]."""
+
+    def _first(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
+        entries = self._read(kv_cache, part, blocks[: -(-num_entries // self.block_size)])
+        return entries.transpose(0, 1).reshape(kv_cache.shape[1], -1, self.head_dim)[:, :num_entries]
+
+
+@dataclass(frozen=True)
+class RowLayout(PageLayout):
+    """An entry is a row, its key before its value: vLLM's backends for GPUs."""
+
+    def take(
+        self, kv_cache: torch.Tensor, pages: torch.Tensor, within: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._rows(kv_cache)[pages, within].split(self.head_dim, dim=-1)
+        return keys, values
+
+    def write(self, kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        num_heads = kv_cache.shape[1]
+        heads = torch.arange(num_heads, device=slots.device)
+        pages = (slots // self.block_size).unsqueeze(1) * num_heads + heads
+        self._rows(kv_cache)[pages, (slots % self.block_size).unsqueeze(1)] = torch.cat([keys, values], dim=-1)
+
+    def _rows(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Entries of all pages, [pages, block_size, 2 * D]; a view."""
+        return kv_cache.view(-1, self.block_size, 2 * self.head_dim)
+
+    def _read(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor) -> torch.Tensor:
+        return kv_cache[..., part * self.head_dim : (part + 1) * self.head_dim][blocks]
+
+
+@dataclass(frozen=True)
+class ProbedLayout(PageLayout):
+    """Keys of a page before its values: the CPU engine.
+
+    Inside each half the order depends on the instruction set vLLM chose ("vec" stores keys transposed, "amx" in tiles),
+    so it is not coded here: `probe` writes numbered entries through vLLM's own op and reads where they went.
+
+    Fields:
+        isa: vLLM's name of the layout.
+        key_offsets, value_offsets: offsets inside a half, [block_size * head_dim] int64, entry-major.
+    """
+
     isa: str
     key_offsets: torch.Tensor
     value_offsets: torch.Tensor
 
     @classmethod
-    def probe(cls, *, block_size: int, head_dim: int, dtype: torch.dtype, isa: str) -> "PageLayout":
+    def probe(cls, *, block_size: int, head_dim: int, dtype: torch.dtype, isa: str) -> "ProbedLayout":
         """Layout of pages of this shape.
 
         Raises:
@@ -49,33 +144,14 @@ class PageLayout:
             raise RuntimeError(f"the cache layout {isa!r} of this vLLM does not store each element exactly once")
         return cls(block_size, head_dim, isa, *(half.argsort() for half in found))
 
-    def read_keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
-        """The first `num_entries` keys stored in `blocks`, [H, num_entries, D].
-
-        See `read_values` for the values.
-
-        Args:
-            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
-            blocks: block ids in order, [B] int64.
-            num_entries: at most B * block_size.
-        """
-        return self._read(kv_cache, 0, blocks, num_entries)
-
-    def read_values(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
-        """The first `num_entries` values stored in `blocks`, [H, num_entries, D]; arguments as for `read_keys`."""
-        return self._read(kv_cache, 1, blocks, num_entries)
-
-    def _read(self, kv_cache: torch.Tensor, half: int, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
+    def _read(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor) -> torch.Tensor:
         num_blocks, num_heads = kv_cache.shape[:2]
-        blocks = blocks[: -(-num_entries // self.block_size)]
-        halves = kv_cache.view(num_blocks, num_heads, 2, -1)[blocks, :, half]  # [B, H, block_size * D]
+        halves = kv_cache.view(num_blocks, num_heads, 2, -1)[blocks, :, part]  # [B, H, block_size * D]
         shape = (len(blocks), num_heads, self.block_size, self.head_dim)
-        strides = self._strides[half]
+        strides = self._strides[part]
         if strides is None:
-            entries = halves[..., (self.key_offsets, self.value_offsets)[half]].view(shape)
-        else:
-            entries = halves.as_strided(shape, (*halves.stride()[:2], *strides))
-        return entries.transpose(0, 1).reshape(num_heads, -1, self.head_dim)[:, :num_entries]
+            return halves[..., (self.key_offsets, self.value_offsets)[part]].view(shape)
+        return halves.as_strided(shape, (*halves.stride()[:2], *strides))
 
     @cached_property
     def _strides(self) -> list[tuple[int, int] | None]:
@@ -91,30 +167,9 @@ class PageLayout:
             found.append((entry, element) if torch.equal(offsets, grid) else None)
         return found
 
-    def gather(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, entries: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of chosen entries, each [K, H, D].
-
-        Args:
-            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
-            blocks: block ids in order, [B] int64.
-            entries: entry numbers per head, [H, K] int64.
-        """
-        num_heads = kv_cache.shape[1]
-        heads = torch.arange(num_heads).unsqueeze(1)
-        pages = blocks[entries // self.block_size] * num_heads + heads
-        return self.take(kv_cache, pages.T, (entries % self.block_size).T)
-
     def take(
         self, kv_cache: torch.Tensor, pages: torch.Tensor, within: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of entries by page, each [..., D].
-
-        Args:
-            kv_cache: [num_blocks, H, block_size, 2 * D]; page block * H + head.
-            pages, within: page, and entry number within it, of each, [...] int64.
-        """
         flat = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], 2, -1)
         pages = pages.unsqueeze(-1)
         keys = flat[pages, 0, self.key_offsets.view(self.block_size, -1)[within]]
@@ -122,13 +177,6 @@ class PageLayout:
         return keys, values
 
     def write(self, kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Store entries at slots, all heads at the same ones.
-
-        Args:
-            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D]; changed in place.
-            keys, values: [K, H, D].
-            slots: [K] int64, block id * block_size + offset.
-        """
         num_blocks, num_heads, block_size, _ = kv_cache.shape
         _write(kv_cache.view(num_blocks, num_heads, 2 * block_size, -1), keys, values, slots, self.isa)
 

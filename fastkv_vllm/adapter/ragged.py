@@ -52,7 +52,7 @@ class PagePool:
                 )
         num_pages = storage.nbytes() // (page * base.element_size())
         flat = base.as_strided((num_pages, 1, block_size, width), (page, page, width, 1), 0)
-        first = torch.tensor([cache.storage_offset() // page for cache in kv_caches])
+        first = torch.tensor([cache.storage_offset() // page for cache in kv_caches], device=base.device)
         return cls(flat, first, num_heads, layout)
 
     def pages(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -72,6 +72,7 @@ class KeptPages(Protocol):
     Fields:
         num_whole: whole blocks of the prompt; entries after them lie in the blocks of the request's own table.
         counts: pages that attention sees of each layer and head, [L, H] int64.
+        host_counts: the same on the host.
     """
 
     @property
@@ -79,6 +80,9 @@ class KeptPages(Protocol):
 
     @property
     def counts(self) -> torch.Tensor: ...
+
+    @property
+    def host_counts(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class HeadPages:
     num_whole: int
     counts: torch.Tensor
     pages: torch.Tensor
+
+    @cached_property
+    def host_counts(self) -> torch.Tensor:
+        return self.counts.cpu()
 
     @classmethod
     def share(cls, num_whole: int, counts: torch.Tensor, pool: PagePool, destination: Sequence[int]) -> "HeadPages":
@@ -239,16 +247,16 @@ class HeadReads:
 
     @cached_property
     def seq_lens(self) -> torch.Tensor:
-        """Entries of each sequence, [L, requests * H] int32."""
+        """Entries of each sequence, [L, requests * H] int32, on the host: known there without waiting for a GPU."""
         size = self.pool.layout.block_size
-        counts = torch.stack([r.held.counts for r in self.rows], dim=1)  # [L, requests, H]
-        since = torch.tensor([r.num_tokens - r.held.num_whole * size for r in self.rows])
+        counts = torch.stack([r.held.host_counts for r in self.rows], dim=1)  # [L, requests, H]
+        since = torch.tensor([r.num_tokens - r.held.num_whole * size for r in self.rows], device="cpu")
         return (counts * size + since.unsqueeze(1)).flatten(1).to(torch.int32)
 
     @cached_property
     def query_start(self) -> torch.Tensor:
-        """First query of each sequence and their number, [requests * H + 1] int32."""
-        counts = torch.tensor([r.count for r in self.rows]).repeat_interleave(self.pool.num_heads)
+        """First query of each sequence and their number, [requests * H + 1] int32, on the host."""
+        counts = torch.tensor([r.count for r in self.rows], device="cpu").repeat_interleave(self.pool.num_heads)
         return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
     @cached_property
@@ -298,7 +306,7 @@ class TableCache:
 
 def rows_of(held: Mapping[int, P], view: Any, block_size: int) -> list[HeadRows[P]]:
     """Rows of the requests in `held`, by their number in the batch of `view` (vLLM's CommonAttentionMetadata)."""
-    starts, lengths = view.query_start_loc.tolist(), view.seq_lens.tolist()
+    starts, lengths = view.query_start_loc_cpu.tolist(), view.seq_lens_cpu_upper_bound.tolist()
     found = []
     for number, pages in held.items():
         last = -(-lengths[number] // block_size)

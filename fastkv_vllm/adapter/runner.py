@@ -1,4 +1,4 @@
-"""vLLM's CPU model runner (V1) with compression."""
+"""vLLM's model runners (V1) with compression."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,14 +14,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, GPUModelRunner
 
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
+from fastkv_vllm.adapter.device import made_on
 from fastkv_vllm.adapter.kept import LastKept
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
-from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
@@ -31,12 +32,8 @@ from fastkv_vllm.adapter.wiring import STATUS_PLUGIN
 from fastkv_vllm.cache import PromptPlan, StepPlan
 
 
-class CPUCompressionRunner(CPUModelRunner):
-    """Obeys the plan of each step. `start_compression` stands in for an initialiser.
-
-    The worker builds vLLM's runner and gives it this class: there is no other seam on CPU,
-    unless vLLM has patches/0003.
-    """
+class CompressionRunner(GPUModelRunner):
+    """Obeys the plan of each step. `start_compression` stands in for an initialiser."""
 
     def start_compression(self) -> None:
         """Set up what compression holds; call once, after vLLM's own initialiser."""
@@ -47,10 +44,7 @@ class CPUCompressionRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._require_our_classes(kv_cache_config)
         self._builder = self.attn_groups[0][0].get_metadata_builder(0)
-        _, _, block_size, width = self.kv_caches[0].shape
-        layout = PageLayout.probe(
-            block_size=block_size, head_dim=width // 2, dtype=self.kv_caches[0].dtype, isa=self._builder.isa
-        )
+        layout = self._builder.page_layout(self.kv_caches[0].dtype)
         self.compressor = Compressor(self.kv_caches, layout)
         self._builder.compressor = self.compressor
         self.last_kept = LastKept(len(self.kv_caches))
@@ -65,12 +59,14 @@ class CPUCompressionRunner(CPUModelRunner):
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         orders = self._orders = orders_of(scheduler_output)
         plan = orders.plan
-        self.compressor.erase(plan.compressed)
+        with made_on(self.device):
+            self.compressor.erase(plan.compressed)
         try:
             output = super().execute_model(scheduler_output, *args, **kwargs)
             if self._builder.batch is not None:
-                self._encode(plan)
-                self.compressor.finish(self._builder.batch.prefills)
+                with made_on(self.device):
+                    self._encode(plan)
+                    self.compressor.finish(self._builder.batch.prefills)
         finally:
             self._orders, self._tsp = None, None
             self._builder.batch = None
@@ -90,14 +86,17 @@ class CPUCompressionRunner(CPUModelRunner):
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
-        if isinstance(output, ModelRunnerOutput) and output.req_ids:
-            attach_stats(output, self.compressor.take_stats())
+        # Of a step whose tokens are still on their way from the GPU, what they will be filled into.
+        filled = output._model_runner_output if isinstance(output, AsyncGPUModelRunnerOutput) else output
+        if isinstance(filled, ModelRunnerOutput) and filled.req_ids:
+            attach_stats(filled, self.compressor.take_stats())
         return output
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
         if self._orders is None:  # a dummy run
             return super()._build_attention_metadata(*args, **kwargs)
-        batch = self._make_batch(self._orders)
+        with made_on(self.device):
+            batch = self._make_batch(self._orders)
         self._builder.batch = batch
         metadata = super()._build_attention_metadata(*args, **kwargs)
         if any(prefill.plan.cuts for prefill in batch.prefills):
@@ -116,23 +115,26 @@ class CPUCompressionRunner(CPUModelRunner):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._orders is not None and self._orders.plan.renumbered:
-            kwargs["positions"] = self._renumbered(kwargs["positions"], self._orders.plan)
+            self._renumber(kwargs["positions"], self._orders.plan)
         batch, tsp = self._builder.batch, self._tsp
         revival = None if batch is None else batch.revival
         with ExitStack() as detours:
             for step in (revival, tsp):  # rows that come back run along in the layers of any batch
                 if step is not None:
                     detours.enter_context(step.detour())
+                    detours.enter_context(made_on(self.device))
             hidden = super()._model_forward(*args, **kwargs)
-        return hidden if tsp is None else tsp.scatter(hidden, kwargs["positions"].shape[0])
+            return hidden if tsp is None else tsp.scatter(hidden, kwargs["positions"].shape[0])
 
-    def _renumbered(self, positions: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """Positions that RoPE is to see: rows after a prompt that was read again follow the short prompt."""
-        positions, starts = positions.clone(), self.query_start_loc.np
+    def _renumber(self, positions: torch.Tensor, plan: StepPlan) -> None:
+        """Make positions those that RoPE is to see: rows after a prompt that was read again follow the short prompt.
+
+        In place: captured graphs read them there, and vLLM writes them anew in each step.
+        """
+        starts = self.query_start_loc.np
         for row, request_id in enumerate(self.input_batch.req_ids):
             if request_id in plan.renumbered:
                 positions[starts[row] : starts[row + 1]] -= plan.null_blocks[request_id] * self._builder.block_size
-        return positions
 
     def _make_batch(self, orders: Orders) -> Batch:
         """The step's orders in terms of the rows of the persistent batch."""
@@ -162,7 +164,7 @@ class CPUCompressionRunner(CPUModelRunner):
                         first=int(starts[row]),
                         count=int(starts[row + 1] - starts[row]),
                         start=int(self.input_batch.num_computed_tokens_cpu[row]),
-                        blocks=table[row, :num_blocks].to(torch.int64),
+                        blocks=table[row, :num_blocks].to(self.device, torch.int64),
                         destination=plan.destinations.get(request_id),
                         held=pages,
                         streaming=plan.streaming.get(request_id),
@@ -192,7 +194,8 @@ class CPUCompressionRunner(CPUModelRunner):
 
     def _prompt_tokens(self, row: int, prompt: PromptPlan) -> torch.Tensor:
         """Ids of a request's prompt tokens, [P] int64."""
-        return torch.from_numpy(self.input_batch.token_ids_cpu[row, : prompt.num_tokens]).to(torch.int64)
+        ids = torch.from_numpy(self.input_batch.token_ids_cpu[row, : prompt.num_tokens])
+        return ids.to(self.device, torch.int64)
 
     def _move_blocks(self, request_id: str, destination: list[int], plan: StepPlan) -> None:
         """Put null blocks and kept blocks into the request's table as the scheduler does; surplus ones are null."""
@@ -225,7 +228,7 @@ class CPUCompressionRunner(CPUModelRunner):
         impls = {
             name: type(layer.impl).__name__
             for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention).items()
-            if type(layer.impl) is not CompressionAttentionImpl
+            if not isinstance(layer.impl, CompressionAttentionImpl)
         }
         spec = groups[0].kv_cache_spec if groups else None
         problems = {
@@ -237,7 +240,7 @@ class CPUCompressionRunner(CPUModelRunner):
         if not impls and len(groups) == 1:
             builder = self.attn_groups[0][0].get_metadata_builder(0)
             problems["builder CompressionMetadataBuilder"] = (
-                type(builder) is CompressionMetadataBuilder,
+                isinstance(builder, CompressionMetadataBuilder),
                 type(builder).__name__,
             )
             problems["kernel blocks of the manager's size"] = (
@@ -247,3 +250,6 @@ class CPUCompressionRunner(CPUModelRunner):
         broken = [f"needs {what}, got {found}" for what, (holds, found) in problems.items() if not holds]
         if broken:
             raise RuntimeError("compression cannot run on what vLLM has built: " + "; ".join(broken))
+
+
+class CPUCompressionRunner(CompressionRunner, CPUModelRunner): ...

@@ -255,7 +255,7 @@ class TSPStep:
                 slots.append(self._view.slot_mapping[self._segments[segment.request].rows])
                 continue
             blocks = segment.prefill.blocks
-            late.seq_lens[i] = segment.count
+            late.seq_lens[i] = late.seq_lens_cpu_upper_bound[i] = segment.count
             late.block_table_tensor[i, : len(blocks)] = blocks
             rank, block_size = torch.arange(segment.count), segment.prefill.plan.block_size
             slots.append(blocks[rank // block_size] * block_size + rank % block_size)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.arguments import configured
@@ -127,12 +128,15 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     config.page_entries(vllm_config.cache_config.block_size, entry_shape(vllm_config))
     scheduler = "AsyncCompressionScheduler" if vllm_config.scheduler_config.async_scheduling else "CompressionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
-    vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.CPUCompressionWorker"
+    worker = "CPUCompressionWorker" if current_platform.is_cpu() else "CompressionWorker"
+    vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.{worker}"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
     if native.names_request_validators():
         setattr(vllm_config, native.VALIDATOR_FIELD, f"{_PACKAGE}.validator.RequestValidator")
     else:
         validate_request.install(Choice(vllm_config, config))
+    if not current_platform.is_cpu():
+        logger.warning("FastKV compression has been checked on CPUs only: hold its answers against those without it")
     table = "\n".join(f"  {name:<18} {value}" for name, value in overview(vllm_config).items())
     logger.info("FastKV compression is on for %s:\n%s", model.model, table)
 

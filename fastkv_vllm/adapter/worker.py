@@ -1,4 +1,4 @@
-"""vLLM's CPU worker with a compressing runner."""
+"""vLLM's workers with a compressing runner."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,36 +8,38 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
-from fastkv_vllm.adapter.attention import CompressionBackend
-from fastkv_vllm.adapter.runner import CPUCompressionRunner
+from fastkv_vllm.adapter.backends import BACKENDS
+from fastkv_vllm.adapter.runner import CompressionRunner, CPUCompressionRunner
 from fastkv_vllm.adapter.wiring import compression_config
 
 
-class CPUCompressionWorker(CPUWorker):
-    """Loads the model on our attention backend and gives its runner our class."""
+class CompressionWorker(Worker):
+    """Makes our runner and loads the model on our attention backend."""
+
+    runner_class: type[CompressionRunner] = CompressionRunner
 
     def init_device(self) -> None:
         super().init_device()
-        if type(self.model_runner) is CPUModelRunner:
-            self.model_runner.__class__ = CPUCompressionRunner
-        if type(self.model_runner) is not CPUCompressionRunner:
+        if type(self.model_runner) is not self.runner_class:
             raise RuntimeError(
-                f"compression runs on vLLM's CPUModelRunner (V1) and got {type(self.model_runner).__name__}; unset "
-                "VLLM_USE_V2_MODEL_RUNNER"
+                f"compression runs on {self.runner_class.__name__} (V1) and got {type(self.model_runner).__name__}; "
+                "unset VLLM_USE_V2_MODEL_RUNNER"
             )
         self.model_runner.start_compression()
 
-    def _make_model_runner(self) -> CPUCompressionRunner:
-        """What a vLLM with patches/0003 asks for; any other makes its own runner, which then changes its class."""
-        return CPUCompressionRunner(self.vllm_config, self.device)
+    def _make_model_runner(self) -> Any:
+        if self.use_v2_model_runner:
+            return super()._make_model_runner()  # to be refused
+        return self.runner_class(self.vllm_config, self.device)
 
     def last_kept(self) -> dict[str, Any] | None:
         """For the status page: what stayed of the last compressed prompt on this rank."""
         return self.model_runner.last_kept.map
 
     def load_model(self, **kwargs: Any) -> None:
-        with _compression_backend():
+        with _compression_backends():
             super().load_model(**kwargs)
 
     def determine_available_memory(self) -> int:
@@ -52,17 +54,32 @@ class CPUCompressionWorker(CPUWorker):
         return available - config.max_tsp_tokens * row_bytes
 
 
+class _CPUWorker(CPUWorker):
+    """Gives the runner that vLLM makes in the middle of a method our class; with patches/0003 it asks for one."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        if type(self.model_runner) is CPUModelRunner:
+            self.model_runner.__class__ = CPUCompressionRunner
+
+
+class CPUCompressionWorker(CompressionWorker, _CPUWorker):
+    runner_class = CPUCompressionRunner
+
+
 @contextmanager
-def _compression_backend() -> Iterator[None]:
-    """Our backend in the place of the platform's while attention layers are made, for this worker's model only.
+def _compression_backends() -> Iterator[None]:
+    """Ours in the place of vLLM's backends while attention layers are made, for this worker's model only.
 
     The registry and the selector's cache belong to the process, which may serve another model without compression.
     """
-    cls = CompressionBackend
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{cls.__module__}.{cls.__qualname__}")
+    backends = {AttentionBackendEnum[name]: path for name, path in BACKENDS.items()}
+    for backend, path in backends.items():
+        register_backend(backend, path)
     _cached_get_attn_backend.cache_clear()
     try:
         yield
     finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        for backend in backends:
+            backend.clear_override()
         _cached_get_attn_backend.cache_clear()

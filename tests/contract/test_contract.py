@@ -65,7 +65,7 @@ def test_the_adapter_s_seams_are_found() -> None:
     assert f"{scheduler}._update_after_schedule" in FOUND["overridden"]
     assert "vllm.engine.arg_utils:EngineArgs.add_cli_args" in FOUND["overridden"], "patched"
     assert f"{scheduler}.requests" in FOUND["used"], "taken from self"
-    assert f"{attention}:CPUAttentionMetadata.scheduler_metadata" in FOUND["used"], "a keyword of a dataclass"
+    assert f"{attention}:CPUAttentionBackendImpl.forward" in FOUND["used"], "named by hand"
     assert "vllm._custom_ops:cpu_attn_reshape_and_cache" in FOUND["used"], "attribute of an imported module"
     assert "vllm.v1.request:Request.num_prompt_tokens" in FOUND["used"], "attribute of an annotated parameter"
     assert "vllm.distributed:tensor_model_parallel_all_reduce" in FOUND["used"], "an imported function"

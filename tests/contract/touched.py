@@ -24,7 +24,23 @@ MEMBERS = {
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "block_table_tensor max_query_len max_seq_len num_actual_tokens num_reqs query_start_loc query_start_loc_cpu "
-        "seq_lens slot_mapping"
+        "seq_lens seq_lens_cpu_upper_bound slot_mapping"
+    ),
+    # Overridden by classes that stand before them in another file.
+    **{
+        f"vllm.v1.attention.backends.{module}:{name}": members
+        for module, backend in (("cpu_attn", "CPU"), ("flash_attn", "Flash"), ("triton_attn", "Triton"))
+        for name, members in (
+            (f"{backend}AttentionMetadata", "block_table"),
+            (f"{backend}AttentionMetadataBuilder", "build"),
+            (
+                f"{backend}AttentionBackendImpl" if backend == "CPU" else f"{backend}AttentionImpl",
+                "do_kv_cache_update forward head_size num_heads num_kv_heads num_queries_per_kv scale",
+            ),
+        )
+    },
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": (
+        "block_table softmax_segm_expsum softmax_segm_max softmax_segm_output"
     ),
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "clear_override",
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder",
@@ -44,8 +60,9 @@ MEMBERS = {
         "speculative_config"
     ),
     "vllm.config:ModelConfig": (
-        "architecture dtype enable_prompt_embeds get_hidden_size get_sliding_window get_total_num_hidden_layers "
-        "get_total_num_kv_heads is_hybrid is_multimodal_model max_model_len model runner_type served_model_name use_mla"
+        "architecture dtype enable_prompt_embeds get_head_size get_hidden_size get_sliding_window "
+        "get_total_num_hidden_layers get_total_num_kv_heads is_hybrid is_multimodal_model max_model_len model "
+        "runner_type served_model_name use_mla"
     ),
     "vllm.config:CacheConfig": ("cache_dtype enable_prefix_caching kv_cache_memory_bytes kv_sharing_fast_prefill"),
     "vllm.config:SchedulerConfig": "async_scheduling scheduler_cls",

@@ -11,7 +11,6 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from fastkv_vllm.adapter.conflicts import CONFLICTS
 from fastkv_vllm.config import CompressionConfig
 from tests.deploy.conftest import COMPONENTS, DEPLOY, queries, render
 
@@ -167,12 +166,6 @@ def test_vllm_knows_the_arguments(objects: list[dict[str, Any]]) -> None:
     CompressionConfig.from_mapping(args.kv_compression, json.loads(settings) if isinstance(settings, str) else settings)
     (port,) = server(objects)["ports"]
     assert port["containerPort"] == args.port and args.host == "0.0.0.0"
-
-
-def test_the_page_says_what_a_server_on_a_gpu_does() -> None:
-    """As long as it refuses to start, and no longer."""
-    page, refusal = (DEPLOY.parent / "docs/kubernetes.md").read_text(), "GPU backends are not written yet"
-    assert (refusal in page) == any(refusal in conflict.needs for conflict in CONFLICTS)
 
 
 @pytest.mark.parametrize("place", queries())

@@ -8,6 +8,9 @@ import pytest
 from transformers import MistralConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from fastkv_vllm.adapter import conflicts, version
@@ -66,7 +69,12 @@ UNREACHABLE = {
     "whole requests on a rank": SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2)),
     "whole batches": SimpleNamespace(parallel_config=SimpleNamespace(enable_dbo=True)),
 }
-ELSEWHERE = ("vLLM's CPU engine", "one of Llama", "full attention in each layer")  # tests of their own
+ELSEWHERE = (
+    "vLLM on a CPU or",
+    "attention by one of",
+    "one of Llama",
+    "full attention in each layer",
+)  # tests of their own
 
 
 def configure(checkpoint, **arguments):
@@ -94,10 +102,20 @@ def test_a_sliding_window_is_refused(tmp_path):
 
 
 def test_another_platform_is_refused(checkpoint, monkeypatch):
-    cuda = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
-    monkeypatch.setattr(conflicts, "current_platform", cuda)
-    with pytest.raises(ValueError, match=r"it needs vLLM's CPU engine .* and got platform cuda; serve it without"):
+    xpu = SimpleNamespace(device_name="xpu")
+    monkeypatch.setattr(conflicts, "current_platform", xpu)
+    with pytest.raises(ValueError, match=r"it needs vLLM on a CPU or on a GPU by CUDA and got platform xpu; serve it"):
         configure(checkpoint)
+
+
+def test_another_attention_backend_is_refused(checkpoint, monkeypatch):
+    """What vLLM takes of itself is asked for, not only what an argument names."""
+    taken = AttentionBackendEnum.FLEX_ATTENTION.value
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda *args, **kwargs: taken))
+    _cached_get_attn_backend.cache_clear()
+    with pytest.raises(ValueError, match="CPU_ATTN, FLASH_ATTN, TRITON_ATTN and got FLEX_ATTENTION; use --attention-b"):
+        configure(checkpoint)
+    _cached_get_attn_backend.cache_clear()
 
 
 @pytest.mark.parametrize("needs", UNREACHABLE)
@@ -251,7 +269,7 @@ def test_a_worker_refuses_another_runner(monkeypatch):
 
     monkeypatch.setattr(CPUWorker, "init_device", lambda self: setattr(self, "model_runner", OtherRunner()))
     worker = object.__new__(CPUCompressionWorker)
-    with pytest.raises(RuntimeError, match=r"CPUModelRunner \(V1\) and got OtherRunner; unset"):
+    with pytest.raises(RuntimeError, match=r"CPUCompressionRunner \(V1\) and got OtherRunner; unset"):
         worker.init_device()
 
 

@@ -1,0 +1,51 @@
+"""Steps of a small decoder on vLLM's own attention, against those on attention in plain torch.
+
+Metadata are of vLLM's builders. Triton's kernels, attention and cache writes, run in Triton's interpreter, in a process
+of its own. FlashAttention's are written in plain torch, strict about what they are given. Neither shows how a GPU
+rounds, how fast it is, or whether a kernel compiles there.
+"""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fastkv_vllm.adapter.backends.cpu import CPUCompressionBackend
+from fastkv_vllm.adapter.backends.flash import FlashCompressionBackend
+from tests import flash
+from tests.engine.child import run as run_child
+from tests.small_decoder import run
+from tests.vllm_backends import backend_of
+
+BY_HEADS = {"snapkv": False, "fastkv": False, "adakv": True, "fastkv-adaptive": True, "duoattention": True}
+ON_TRITON = ("snapkv", "adakv", "duoattention")  # an interpreter takes its time
+TOLERANCE = 1e-5  # of rows of size 1; sums run in another order
+
+
+def require_close(found: list[list[float]], expected: list[list[float]]) -> None:
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        error = float((torch.tensor(ours) - torch.tensor(theirs)).abs().max())
+        assert error < TOLERANCE, f"row {step} is off by {error}"
+
+
+@pytest.mark.parametrize("name", BY_HEADS)
+def test_flash_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = flash.install(monkeypatch)
+    require_close(run(name, backend=backend_of(FlashCompressionBackend)), run(name))
+    assert any(how == "heads" for how, _ in calls) == BY_HEADS[name]
+    assert any(how == "ordinary" for how, _ in calls), "the other request is read so"
+
+
+@pytest.mark.parametrize("name", BY_HEADS)
+def test_attention_of_the_cpu_engine(name: str) -> None:
+    """Pages as its kernels lay them out."""
+    require_close(run(name, backend=backend_of(CPUCompressionBackend)), run(name))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+def test_triton_attention() -> None:
+    found = run_child("tests.triton_attention_run", *ON_TRITON, env=dict(os.environ))
+    for name in ON_TRITON:
+        require_close(found[name]["rows"], run(name))
+        assert bool(found[name]["num_by_heads"]) == BY_HEADS[name] and found[name]["num_ordinary"]

@@ -1,0 +1,49 @@
+"""Run by test_attention_backends.py in a process of its own: Triton attention, interpreted, in a small decoder's steps.
+
+Triton is told to interpret its kernels, and vLLM that there is a Triton.
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+from triton.backends import Backend, backends
+
+backends["cpu"] = Backend(compiler=None, driver=SimpleNamespace(is_active=lambda: True))  # before anything imports vLLM
+
+import torch  # noqa: E402
+
+torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM asks before it writes to the cache
+
+from vllm.triton_utils import HAS_TRITON  # noqa: E402
+from vllm.v1.attention.backends import triton_attn  # noqa: E402
+
+from fastkv_vllm.adapter.backends.triton import TritonCompressionBackend  # noqa: E402
+from tests.engine.child import report  # noqa: E402
+from tests.small_decoder import run  # noqa: E402
+from tests.vllm_backends import backend_of  # noqa: E402
+
+
+def main(names: list[str]) -> None:
+    """Rows of each, and the calls that read heads one by one."""
+    assert HAS_TRITON, "vLLM's kernels are placeholders"
+    original, calls = triton_attn.unified_attention, []
+
+    def counted(**arguments: Any) -> None:
+        calls.append(arguments["k"].shape[2])
+        original(**arguments)
+
+    triton_attn.unified_attention = counted
+    results = {}
+    for name in names:
+        calls.clear()
+        rows = run(name, backend=backend_of(TritonCompressionBackend))
+        results[name] = {"rows": rows, "num_by_heads": calls.count(1), "num_ordinary": len(calls) - calls.count(1)}
+    report(results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
