@@ -12,6 +12,7 @@ import pytest
 from fastkv_vllm.calibrate import load
 from fastkv_vllm.calibrate.__main__ import build_parser, main
 from fastkv_vllm.calibrate.artefact import MAKERS
+from fastkv_vllm.calibrate.channels import ChannelRanges, ClipSearch
 from fastkv_vllm.calibrate.decays import RecallCurves
 from fastkv_vllm.calibrate.duo import GateTrainer
 from fastkv_vllm.calibrate.heads import HeadCredit
@@ -37,6 +38,7 @@ KINDS: dict[str, tuple[type, list[str]]] = {
     "decays": (RecallCurves, ["--queries", "2"]),
     "sharing": (LayerDistances, ["--layers", "1"]),
     "merging": (MergingTrial, ["--queries", "24"]),
+    "channels": (ChannelRanges, []),
     "duo": (GateTrainer, ["--steps", "5", "--num-sink", "4", "--window-size", "64"]),
 }
 KIND_OF = {maker: kind for kind, maker in MAKERS.items()}
@@ -108,6 +110,18 @@ def test_the_sweep_resumes_too(
         assert calibrate("tsp-layer", *options, "--resume") == whole
     layer, sweep = whole["layer"], whole["sweep"]
     assert set(sweep["layers"]) == {str(i) for i in (layer - 1, layer, layer + 1)} and sweep["num_prompts"] == 5
+
+
+def test_the_second_phase_of_channels_resumes_too(
+    calibrate: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate("channels", out="whole.json")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, ClipSearch, at=4)
+        calibrate("channels")
+    with monkeypatch.context() as patch:
+        interrupt(patch, ChannelRanges, at=0)
+        assert calibrate("channels", "--resume") == whole
 
 
 def test_a_threshold_nothing_reaches_keeps_the_measurement(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastkv_vllm.codecs import CODECS, EntryShape, best_channels
+from fastkv_vllm.codecs import CODECS, ChannelGroups, EntryShape, SkvqCodec, best_channels
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
 from tests.reference.codecs import channel_parts, stored
 
@@ -66,7 +66,8 @@ def test_best_channels_are_those_of_the_largest_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_entries"), [("fp8", 64), ("int8", 60), ("int4", 113), ("int2", 204), ("kivi4", 96), ("kivi2", 160)]
+    ("name", "num_entries"),
+    [("fp8", 64), ("int8", 60), ("int4", 113), ("int2", 204), ("kivi4", 96), ("kivi2", 160), ("skvq", 221)],
 )
 def test_entries_of_a_page(name: str, num_entries: int) -> None:
     """By hand: a bf16 page of 32 entries, head size 64, has 8192 bytes; int4 takes 2 * (4 + 32) of them an entry."""
@@ -82,6 +83,53 @@ def test_pages_that_cannot_hold_a_codec_are_refused() -> None:
         CODECS["kivi4"].page_entries(32, EntryShape(80, torch.bfloat16))
     with pytest.raises(ValueError, match="must have room for more; 32 of head size 64 fit"):
         CODECS["fp8"].page_entries(32, EntryShape(64, torch.uint8))
+
+
+@pytest.mark.parametrize(("head_dim", "groups"), [(32, 2), (64, 2), (128, 2), (256, 4)])
+def test_measured_groups_are_those_of_each_entrys_head(head_dim: int, groups: int) -> None:
+    """Three layers of four heads on two ranks: entries of any of them, in any order."""
+    generator = torch.Generator().manual_seed(head_dim)
+    orders = torch.rand(3, 4, 2, head_dim, generator=generator).argsort()
+    clips = 0.5 + torch.rand(3, 4, 2, groups, generator=generator) / 2
+    keys, values = entries(96, head_dim, torch.bfloat16, seed=9)
+    entry = EntryShape(head_dim, torch.bfloat16)
+    heads = torch.randint(6, (96,), generator=generator)
+    for rank in (0, 1):
+        measured = ChannelGroups.of_rank({"orders": orders.tolist(), "clips": clips.tolist()}, rank, 2)
+        codec = SkvqCodec(measured).of_heads(heads)
+        data = codec.encode(keys, values)
+        assert list(data.shape) == [96, codec.num_bytes(entry)]
+        for number, (got_key, got_value) in enumerate(zip(*codec.decode(data, entry), strict=True)):
+            layer, head = divmod(int(heads[number]), 2)
+            of_head = tuple(of[layer, 2 * rank + head].tolist() for of in (orders, clips))
+            alone = keys[number : number + 1].float(), values[number : number + 1].float()
+            want_key, want_value = stored("skvq", *alone, of_head)
+            assert torch.equal(got_key, want_key[0]) and torch.equal(got_value, want_value[0])
+    data = {"orders": orders.tolist(), "clips": clips.tolist()}
+    for rank in range(8):  # two ranks hold the same head
+        assert torch.equal(ChannelGroups.of_rank(data, rank, 8).orders, orders[:, rank // 2])
+
+
+def test_five_numbers_of_three_levels_fill_a_byte() -> None:
+    """By hand: extremes 0 and 3, 0 and 2 in both groups give steps of 1, so that codes are the numbers themselves."""
+    key = torch.tensor([0, 3, 1, 2, 3, 3, 0, 0] * 2).float().unsqueeze(0)
+    value = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0] * 2).float().unsqueeze(0)
+    data, entry = SkvqCodec().encode(key, value), EntryShape(16, torch.float32)
+    metadata = torch.tensor([0.0, 0.0, 1.0, 1.0]).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+    of_key = [0 + 3 * 4 + 1 * 16 + 2 * 64, 3 + 3 * 4] * 2
+    digits = [int(n) for n in value[0]] + [0] * 4
+    of_value = [sum(n * 3**i for i, n in enumerate(digits[at : at + 5])) for at in (0, 5, 10, 15)]
+    assert data[0].tolist() == [*metadata, *of_key, *metadata, *of_value]
+    assert SkvqCodec().num_bytes(entry) == 8 + 8
+    for got, want in zip(SkvqCodec().decode(data, entry), (key, value), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("num_sink", "places"), [(0, 0), (1, 6), (5, 30), (31, 184)])
+def test_places_that_exact_sinks_take(num_sink: int, places: int) -> None:
+    """By hand: a sink of 256 bytes takes seven places of 37 bytes, one of them its own; bytes are not lost between."""
+    assert CODECS["skvq"].sink_places(num_sink, ENTRY) == places
+    assert CODECS["int4"].sink_places(num_sink, ENTRY) == 0
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])

@@ -54,6 +54,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "evict_while_decoding": False,
         "codec": "none",
         "channel_ratio": None,
+        "channel_groups": None,
         "residual_window": None,
         "encode_generated": False,
         "kernel_size": 7,
@@ -420,8 +421,9 @@ BAD = [
     *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
-    *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2, exact") for value in ("int3", 4, True)],
+    *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2, skvq, exact") for value in ("int3", 4, True)],
     ("channel_ratio", 0.6, "left out without a codec"),
+    *[("channel_groups", value, "the path of a file of .* or 'none'") for value in ("", 1, [[1]], True)],
     *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
     ("residual_window", 8, "left out without a codec"),
     *[("encode_generated", value, "true or false") for value in (0, 1, "true")],
@@ -499,6 +501,41 @@ def test_room_for_what_is_encoded_later_is_in_the_plan() -> None:
     assert plan.peak_tokens(2200) == 2048
     # 1251 blocks are encoded in 251, the last one at the end of its step.
     assert plan.peak_tokens(40132) == 40132 - (1251 - 251 - 1) * 32
+
+
+def test_sinks_that_stay_as_they_are_have_room_in_the_plan() -> None:
+    """By hand: an entry is 20 + 17 bytes, 221 to a page; five sinks of 256 bytes take 35 places, 30 beside their own.
+
+    Of 4096 tokens 124 blocks are encoded and four wait in the window: (30 + 3968 + 128) / 221 pages.
+    """
+    config = CompressionConfig("kivi", codec="skvq", num_sink=5)
+    plan = config.plan(4096, 32, entry=ENTRY)
+    assert isinstance(plan, PromptPlan)
+    assert (plan.page_entries, plan.sink_places, plan.num_pages, plan.num_awaited) == (221, 30, 124, 128)
+    assert (plan.num_stored_blocks, plan.num_freed_blocks) == (19, 105)
+    # 19 pages have 4199 places: for 30 and 130 blocks of codes.
+    lengths = [n for n in range(4096, 4400) if plan.until_next_block(n) == 32]
+    assert [plan.num_code_blocks(n) for n in lengths] == [19, 19, 19, 19, 19, 19, 19, 20, 20, 20]
+    none = CompressionConfig("kivi", codec="skvq").plan(4096, 32, entry=ENTRY)
+    assert isinstance(none, PromptPlan) and (none.sink_places, none.num_stored_blocks) == (0, 19)
+    ragged = CompressionConfig("adakv", codec="skvq", num_sink=5).plan(4096, 32, entry=ENTRY)
+    assert isinstance(ragged, PromptPlan) and ragged.num_stored_blocks == -(-(30 + ragged.num_moved) // 221) + 1
+    assert CompressionConfig("kivi", codec="skvq", num_sink=31).page_entries(32, ENTRY) == 221
+    with pytest.raises(ValueError, match=r"num_sink must leave room in a page of 32 entries, .*; got 32"):
+        CompressionConfig("kivi", codec="skvq", num_sink=32).page_entries(32, ENTRY)
+    with pytest.raises(ValueError, match="channel_ratio must be 1 with codec 'skvq', which groups all channels"):
+        CompressionConfig("kivi", codec="skvq", channel_ratio=0.6)
+
+
+def test_channels_are_measured_unless_the_user_says_otherwise() -> None:
+    model = {"num_layers": 8, "num_kv_heads": 2, "max_model_len": 2048}
+    for config in (CompressionConfig("kivi", codec="skvq"), CompressionConfig("snapkv", codec="skvq")):
+        with pytest.raises(ValueError, match="channel_groups must be given for codec 'skvq': the path of a file of"):
+            config.for_model(**model)
+        for groups in ("none", "channels.json"):
+            filled = dataclasses.replace(config, channel_groups=groups).for_model(**model)
+            assert filled.channel_groups == groups
+    assert CompressionConfig("kivi").for_model(**model).channel_groups is None
 
 
 def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:

@@ -20,7 +20,7 @@ NONE = "none"
 # Settings a request may give beside METHOD, one by one, and those that are true or false: vLLM passes numbers only.
 FLAT = {field.name: "bool" in str(field.type) for field in dataclasses.fields(CompressionConfig)}
 del FLAT["method"]
-_SERVERS = ("max_tsp_tokens", "merge_limit", "allow_request_override", "min_retention_ratio")
+_SERVERS = ("max_tsp_tokens", "merge_limit", "channel_groups", "allow_request_override", "min_retention_ratio")
 # A setting of the request -> the one of the server's that it stands in for.
 _INSTEAD = {
     "retention_ratio": "budget",
@@ -158,7 +158,7 @@ class Choice:
                 if "retention_ratio" in settings or "layer_shares" in settings:
                     left_out |= {"retention_ratio", "layer_shares"}  # one follows from the other
             return {name: value for name, value in default.to_mapping().items() if name not in left_out}
-        kept = ("min_tokens", "min_retention_ratio")
+        kept = ("min_tokens", "min_retention_ratio", "channel_groups")
         return {name: getattr(default, name) for name in kept}
 
     def _for_model(self, config: CompressionConfig) -> CompressionConfig:

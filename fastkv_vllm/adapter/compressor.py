@@ -1,6 +1,6 @@
 """What a worker does with prompts and compressed requests, layer by layer and at the end of a step."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from fastkv_vllm.adapter.revival import RevivablePages
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.adapter.uneven import UnevenPrompt
 from fastkv_vllm.adapter.votes import Votes
+from fastkv_vllm.codecs import Codec
 from fastkv_vllm.kernels.select import select
 
 
@@ -37,6 +38,7 @@ class Compressor:
 
     Fields:
         layout: how a page is laid out inside.
+        codecs: by name, with what was measured of this rank's heads.
         pool: all layers' pages.
         evictor: what goes on after a prompt.
         votes: what entries are rated by.
@@ -49,8 +51,9 @@ class Compressor:
         watch: where set, called with a prompt, a layer and the positions that stay of each KV head, ascending.
     """
 
-    def __init__(self, kv_caches: Sequence[torch.Tensor], layout: PageLayout) -> None:
+    def __init__(self, kv_caches: Sequence[torch.Tensor], layout: PageLayout, codecs: Mapping[str, Codec]) -> None:
         self.layout = layout
+        self.codecs = codecs
         self.pool = PagePool.of(kv_caches, layout)
         self.evictor = Evictor(self.pool)
         self.votes = Votes()
@@ -192,7 +195,7 @@ class Compressor:
     def _share(self, prefill: PrefillRows, uneven: UnevenPrompt) -> None:
         """Pages for every layer and head of one prompt, and copies of what goes there."""
         plan, rid = prefill.plan, prefill.request_id
-        shared = uneven.share(prefill, self.pool, self.stats)
+        shared = uneven.share(prefill, self.pool, self.codecs, self.stats)
         for layer, owner in enumerate(plan.layer_owners or range(len(shared.kept))):
             of_heads = shared.kept[owner].split((shared.counts[owner] * plan.block_size).tolist())
             self._show(uneven.prefills[owner], layer, of_heads)

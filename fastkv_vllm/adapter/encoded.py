@@ -1,7 +1,8 @@
 """Kept entries stored by a codec: where their bytes lie, and how attention reads them.
 
 A page's bytes are the same however many entries they hold. Each (layer, head) of a request has pages of its own, full
-of groups of encoded entries. Attention reads a copy of one layer at a time, decoded into pages of the engine's layout.
+of groups of encoded entries; where its sinks are stored as they are, they begin the first. Attention reads a copy of
+one layer at a time, decoded into pages of the engine's layout.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, KeptPages, PagePool
 from fastkv_vllm.cache import PromptPlan
-from fastkv_vllm.codecs import CODECS, Codec, EntryShape, best_channels
+from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec, best_channels
 from fastkv_vllm.config import CompressionConfig
 
 
@@ -27,6 +28,7 @@ class EncodedPages:
         stored: pages that hold the bytes.
         codec: how.
         entry: what an entry is, and what of its key is stored.
+        num_exact: first entries of each head that are stored as they are.
         channels: those of each layer's and head's keys that are stored, ascending, [L, H, Dk] int64, once they are
             chosen; None: all.
     """
@@ -36,6 +38,7 @@ class EncodedPages:
     stored: HeadPages
     codec: Codec
     entry: EntryShape
+    num_exact: int
     channels: torch.Tensor | None
 
     @cached_property
@@ -48,22 +51,23 @@ class EncodedPages:
         plan: PromptPlan,
         counts: torch.Tensor,
         config: CompressionConfig,
+        codec: Codec,
         pool: PagePool,
         destination: Sequence[int],
     ) -> "EncodedPages":
         """Give each layer and head what its encoded entries need of the destination blocks, see `HeadPages.share`."""
-        assert config.codec is not None, "filled in by CompressionConfig"
         stored = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, destination)
         entry = config.stored_entry(EntryShape(pool.layout.head_dim, pool.cache.dtype))
         channels = counts.new_zeros(*counts.shape, entry.key_dim) if entry.key_dim < entry.head_dim else None
-        return cls(plan.num_whole_blocks, counts, stored, CODECS[config.codec], entry, channels)
+        num_exact = plan.num_sink if codec.exact_sinks else 0
+        return cls(plan.num_whole_blocks, counts, stored, codec, entry, num_exact, channels)
 
     def places(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and place in it of each group of a layer, head after head, [groups] int64 each."""
         per_page = self.grid(pool).shape[1]
         of_heads = self.counts[layer] * (pool.layout.block_size // self.codec.group_size)
         heads = torch.arange(len(of_heads)).repeat_interleave(of_heads)
-        number = torch.arange(len(heads)) - (of_heads.cumsum(0) - of_heads)[heads]
+        number = torch.arange(len(heads)) - (of_heads.cumsum(0) - of_heads)[heads] + self._shift
         return self.stored.pages[layer, heads, number // per_page], number % per_page
 
     def with_block(self, pool: PagePool, block: int, stays: bool) -> "EncodedPages":
@@ -75,8 +79,13 @@ class EncodedPages:
         """Page and place in it of each group of the last block, [L, H, groups] int64 each."""
         per_page = self.grid(pool).shape[1]
         groups = pool.layout.block_size // self.codec.group_size
-        number = (self.counts.unsqueeze(-1) - 1) * groups + torch.arange(groups)
+        number = (self.counts.unsqueeze(-1) - 1) * groups + torch.arange(groups) + self._shift
         return self.stored.pages.gather(2, number // per_page), number % per_page
+
+    @property
+    def _shift(self) -> int:
+        """Places that codes begin later than they would: their own places of the sinks lie below what these take."""
+        return self.codec.sink_places(self.num_exact, self.entry)
 
     def erase(self, pool: PagePool) -> None:
         """See `erase_codes`."""
@@ -100,23 +109,38 @@ class EncodedPages:
         for head, (group, own) in enumerate(zip(groups, heads, strict=True)):
             self.channels[layer, head] = best_channels(group, own, self.entry.key_dim)
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor, channels: torch.Tensor | None) -> torch.Tensor:
-        """Bytes of entries, [n, D] each, of whose keys channels [n, Dk] are stored, or all."""
-        return self.codec.encode(keys if channels is None else keys.gather(1, channels), values)
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Bytes of entries, [n, D] each, of these heads, [n] int64, counted layer after layer."""
+        if self.channels is not None:
+            keys = keys.gather(1, self.channels.flatten(0, 1)[heads])
+        return self.codec.of_heads(heads).encode(keys, values)
 
     def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """See `DecodedPages`; zeros in channels not stored."""
-        keys, values = self.codec.decode(self.grid(pool)[self.places(layer, pool)], self.entry)
-        channels = self.channels_of(layer, pool.layout.block_size)
-        if channels is not None:
-            keys = torch.zeros_like(values).scatter_(1, channels, keys)
+        heads = self.heads_of(layer, pool.layout.block_size)
+        keys, values = self.codec.of_heads(heads).decode(self.grid(pool)[self.places(layer, pool)], self.entry)
+        if self.channels is not None:
+            keys = torch.zeros_like(values).scatter_(1, self.channels.flatten(0, 1)[heads], keys)
+        if self.num_exact:
+            sinks, (target, index) = self.sinks_of(layer, pool.layout.block_size), self.sink_bytes(layer, pool)
+            data = target[index].unflatten(1, (self.num_exact, -1)).flatten(0, 1)
+            keys[sinks], values[sinks] = ExactCodec().decode(data, replace(self.entry, channel_ratio=1.0))
         return {layer: (keys, values)}
 
-    def channels_of(self, layer: int, block_size: int) -> torch.Tensor | None:
-        """Channels of each entry of a layer that are stored, head after head, [entries, Dk]; None: all."""
-        if self.channels is None:
-            return None
-        return self.channels[layer].repeat_interleave(self.counts[layer] * block_size, dim=0)
+    def heads_of(self, layer: int, block_size: int) -> torch.Tensor:
+        """Head of each entry of a layer, head after head, [entries] int64; heads are counted layer after layer."""
+        of_heads = self.counts[layer] * block_size
+        return (layer * len(of_heads) + torch.arange(len(of_heads))).repeat_interleave(of_heads)
+
+    def sinks_of(self, layer: int, block_size: int) -> torch.Tensor:
+        """Numbers of the entries of a layer, head after head, that are stored as they are, [H * num_exact] int64."""
+        of_heads = self.counts[layer] * block_size
+        return ((of_heads.cumsum(0) - of_heads).unsqueeze(1) + torch.arange(self.num_exact)).flatten()
+
+    def sink_bytes(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+        """Where they lie: the pool as [pages, bytes of a head's sinks], a view, and the pages of a layer's heads."""
+        pages = pool.cache.view(torch.uint8).flatten(1)
+        return pages[:, : self.num_exact * self.entry.num_bytes], (self.stored.pages[layer, :, 0],)
 
 
 class DecodedPages(KeptPages, Protocol):
@@ -152,7 +176,7 @@ def stored_pages(plan: PromptPlan, counts: torch.Tensor) -> torch.Tensor:
         )
     if plan.page_entries is None:
         return counts
-    return -(-(counts * plan.block_size + plan.num_awaited) // plan.page_entries)
+    return -(-(plan.sink_places + counts * plan.block_size + plan.num_awaited) // plan.page_entries)
 
 
 class EncodedReads(HeadReads):

@@ -15,6 +15,7 @@ from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
+from fastkv_vllm.codecs import ExactCodec
 
 
 class Move(Protocol):
@@ -136,8 +137,12 @@ def uneven_moves(
         elif isinstance(held, EncodedPages):
             if held.channels is not None:
                 held.choose_channels(layer, voters[layer], keys)
-            codes = held.encode(keys, values, held.channels_of(layer, plan.block_size))
+            codes = held.encode(keys, values, held.heads_of(layer, plan.block_size))
             moves.append(Overwrite(held.grid(pool), held.places(layer, pool), codes))
+            if held.num_exact:  # after their codes, in whose places they lie
+                sinks = held.sinks_of(layer, plan.block_size)
+                data = ExactCodec().encode(keys[sinks], values[sinks]).unflatten(0, (-1, held.num_exact)).flatten(1)
+                moves.append(Overwrite(*held.sink_bytes(layer, pool), data))
         else:
             slots = held.slots(layer, plan.block_size)
             moves.append(EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
@@ -153,10 +158,8 @@ def encoding_move(held: EncodedPages, pool: PagePool, block: int) -> Overwrite:
     keys, values = (
         read(pool.cache, pages, num_entries)[0] for read in (pool.layout.read_keys, pool.layout.read_values)
     )
-    channels = held.channels
-    if channels is not None:
-        channels = channels.flatten(0, 1).repeat_interleave(pool.layout.block_size, dim=0)
-    codes = held.encode(keys, values, channels).unflatten(0, (*held.counts.shape, -1))  # [L, H, groups, B]
+    heads = torch.arange(len(pages)).repeat_interleave(pool.layout.block_size)
+    codes = held.encode(keys, values, heads).unflatten(0, (*held.counts.shape, -1))  # [L, H, groups, B]
     return Overwrite(held.grid(pool), held.last_places(pool), codes)
 
 

@@ -28,7 +28,7 @@ from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
 from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
-from fastkv_vllm.adapter.wiring import STATUS_PLUGIN
+from fastkv_vllm.adapter.wiring import STATUS_PLUGIN, measured_codecs
 from fastkv_vllm.cache import PromptPlan, StepPlan
 
 
@@ -45,7 +45,9 @@ class CompressionRunner(GPUModelRunner):
         self._require_our_classes(kv_cache_config)
         self._builder = self.attn_groups[0][0].get_metadata_builder(0)
         layout = self._builder.page_layout(self.kv_caches[0].dtype)
-        self.compressor = Compressor(self.kv_caches, layout)
+        with made_on(self.device):
+            codecs = measured_codecs(self.vllm_config)
+        self.compressor = Compressor(self.kv_caches, layout, codecs)
         self._builder.compressor = self.compressor
         self.last_kept = LastKept(len(self.kv_caches))
         if STATUS_PLUGIN in (envs.VLLM_PLUGINS or ()):

@@ -16,6 +16,7 @@ from fastkv_vllm.adapter.moving import Move, pages_read, uneven_moves
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool, SharedPages, blocks_for
 from fastkv_vllm.adapter.ranks import mean_recall, rank_of, shared_pages
 from fastkv_vllm.adapter.step import WorkerStats
+from fastkv_vllm.codecs import Codec
 from fastkv_vllm.kernels.select import select_ragged
 from fastkv_vllm.methods import (
     DENSITY,
@@ -96,12 +97,13 @@ class UnevenPrompt:
         self.prefills.append(self.prefills[owner])
         self.scores.append(self.scores[owner])
 
-    def share(self, prefill: PrefillRows, pool: PagePool, stats: WorkerStats) -> Shared:
+    def share(self, prefill: PrefillRows, pool: PagePool, codecs: Mapping[str, Codec], stats: WorkerStats) -> Shared:
         """Pages for every layer and head, and copies of what goes there.
 
         Args:
             prefill: the prompt's rows in the whole step.
             pool: of the engine.
+            codecs: by name, with what was measured of this rank's heads.
             stats: of the step.
         """
         plan, scores = prefill.plan, self.scores
@@ -111,7 +113,7 @@ class UnevenPrompt:
                 gone = (by_block < 0).repeat_interleave(plan.block_size, dim=2)
                 scores = [of.masked_fill(layer, -float("inf")) for of, layer in zip(scores, gone, strict=True)]
             counts = self._counts(prefill, scores, pool, stats)
-            held = _hold(prefill, counts, pool)
+            held = _hold(prefill, counts, pool, codecs)
             kept: list[torch.Tensor] = []
             for layer, owner in enumerate(plan.layer_owners or range(len(scores))):
                 num_kept = counts[layer] * plan.block_size
@@ -167,7 +169,7 @@ def _pages_by_block(prefill: PrefillRows, pool: PagePool) -> torch.Tensor | None
     return pages_read(prefill, pool, plan.num_whole_blocks).by_block(plan.streaming.num_sink_pages)
 
 
-def _hold(prefill: PrefillRows, counts: torch.Tensor, pool: PagePool) -> Held:
+def _hold(prefill: PrefillRows, counts: torch.Tensor, pool: PagePool, codecs: Mapping[str, Codec]) -> Held:
     """Give each layer and head what it needs of the destination blocks for so many pages of entries, [L, H]."""
     plan, config, destination = prefill.plan, prefill.recipe.config, prefill.destination
     assert destination is not None, "the prompt ends"
@@ -177,5 +179,6 @@ def _hold(prefill: PrefillRows, counts: torch.Tensor, pool: PagePool) -> Held:
         owned = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, destination)
         return SharedPages.of(owned, plan.layer_owners)
     if plan.page_entries is not None:
-        return EncodedPages.share(plan, counts, config, pool, destination)
+        assert config.codec is not None, "filled in by CompressionConfig"
+        return EncodedPages.share(plan, counts, config, codecs[config.codec], pool, destination)
     return HeadPages.share(plan.num_whole_blocks, counts, pool, destination)

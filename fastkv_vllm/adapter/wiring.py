@@ -3,10 +3,12 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.platforms import current_platform
 
 from fastkv_vllm.adapter import native
@@ -16,8 +18,8 @@ from fastkv_vllm.adapter.conflicts import require_no_conflicts
 from fastkv_vllm.adapter.patches import validate_request
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
-from fastkv_vllm.codecs import NO_CODEC
-from fastkv_vllm.config import CompressionConfig
+from fastkv_vllm.codecs import CODECS, NO_CODEC, ChannelGroups, Codec, SkvqCodec
+from fastkv_vllm.config import UNMEASURED, CompressionConfig
 from fastkv_vllm.methods import MODEL_BUDGETS, method_class
 
 logger = logging.getLogger("vllm.fastkv")
@@ -64,12 +66,14 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
 
 
 def read_artefacts(config: CompressionConfig, model: str) -> CompressionConfig:
-    """The configuration with numbers in the place of the files that hold them.
+    """The configuration with numbers in the place of the files that hold them, but for those that workers read.
 
     Raises:
         CalibrationError: a file is missing, of another kind, or another model's.
     """
     numbers: dict[str, Any] = {}
+    if config.channel_groups not in (None, UNMEASURED):
+        _channel_groups(config, model)
     if isinstance(config.head_weights, str):
         assert config.head_budgets is not None, "filled in by CompressionConfig"
         budget = MODEL_BUDGETS[config.head_budgets]
@@ -110,6 +114,21 @@ def _layers_to_merge(config: CompressionConfig, model: str) -> Any:
             f"than merge_limit = {config.merge_limit:g}: calibrate other pairs with --first-layer, or raise merge_limit"
         )
     return report.data["owners"]
+
+
+def measured_codecs(vllm_config: VllmConfig) -> Mapping[str, Codec]:
+    """All codecs, with what was measured of the heads that are this rank's; call in a worker."""
+    config = compression_config(vllm_config)
+    if config.channel_groups in (None, UNMEASURED):
+        return CODECS
+    data = _channel_groups(config, vllm_config.model_config.model)
+    rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return {**CODECS, "skvq": SkvqCodec(ChannelGroups.of_rank(data, rank, num_ranks))}
+
+
+def _channel_groups(config: CompressionConfig, model: str) -> Mapping[str, Any]:
+    assert config.channel_groups is not None and SkvqCodec.artefact is not None, "asked by the caller"
+    return load(config.channel_groups, SkvqCodec.artefact, model).data
 
 
 def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None:

@@ -53,6 +53,7 @@ class PromptPlan:
         streaming: how heads let go of entries while the prompt is read; None: all see all of it.
         residual: last tokens that stay as they are where the others are encoded.
         page_entries: encoded entries that a page has room for; None: entries are stored as they are.
+        sink_places: of them, those that a head's sinks take as they are, beyond one for each.
         num_ranks: ranks that hold equally many of the KV heads that share pages unevenly; 1 where heads are even.
         encodes: blocks that leave the residual window after the prompt are encoded, too.
         layer_owners: layer whose entries each layer reads after the prompt; empty: its own.
@@ -78,6 +79,7 @@ class PromptPlan:
     streaming: Streaming | None = None
     residual: int = 0
     page_entries: int | None = None
+    sink_places: int = 0
     num_ranks: int = 1
     encodes: bool = False
     layer_owners: tuple[int, ...] = ()
@@ -155,7 +157,8 @@ class PromptPlan:
             return -(-sum(self.pages_of_layers(self.most_pages)) // len(self.layer_owners))
         if self.page_entries is None:
             return self.most_pages
-        even = -(-(self.most_pages * self.block_size + self.num_awaited) // self.page_entries)
+        num_places = self.sink_places + self.most_pages * self.block_size + self.num_awaited
+        even = -(-num_places // self.page_entries)
         # Each layer and head may begin a page more than its share.
         return min(even + 1, self.num_whole_blocks) if self.is_ragged else even
 
@@ -246,7 +249,7 @@ class PromptPlan:
         """Blocks that hold the codes of such a text once it is compressed, where what is generated is encoded."""
         assert self.page_entries is not None, "the plan has a codec"
         later = (self.num_encoded_blocks(num_tokens) - self.num_whole_blocks) * self.block_size
-        return -(-(self.num_moved + max(later, self.num_awaited)) // self.page_entries)
+        return -(-(self.sink_places + self.num_moved + max(later, self.num_awaited)) // self.page_entries)
 
     def peak_tokens(self, num_tokens: int) -> int:
         """Most tokens' worth of blocks the request holds at once on its way to `num_tokens` tokens."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastkv_vllm.calibrate.commands import (
+    calibrate_channels,
     calibrate_decays,
     calibrate_duo,
     calibrate_heads,
@@ -56,6 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("duo", "which KV heads need the whole context (DuoAttention)", calibrate_duo, _add_duo),
         ("decays", "share of the rows that each layer hands on (PyramidInfer)", calibrate_decays, _add_decays),
         ("sharing", "layers that can read the entries of another (KVSharer)", calibrate_sharing, _add_sharing),
+        (
+            "channels",
+            "which channels of a head are alike, and where their codes end (SKVQ)",
+            calibrate_channels,
+            _add_channels,
+        ),
         ("merging", "what answers lose when layers are merged (MiniCache)", calibrate_merging, _add_merging),
     ):
         kind = kinds.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -135,6 +142,10 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     add("--codec", choices=(NO_CODEC, *VECTOR_CODECS), default=default.codec, help="what entries are stored by as well")
     add("--first-layer", type=_int_from(0), metavar="N", help="pairs from this layer on; None: half of the layers")
     add("--queries", dest="num_queries", type=_int_from(1), default=default.num_queries, help="last ones, reading so")
+
+
+def _add_channels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-sink", type=_int_from(0), default=5, help="first tokens, which are stored as they are")
 
 
 def _int_from(low: int) -> Callable[[str], int]:

@@ -20,6 +20,7 @@ MAKERS = {
     "layer-decays": "decays",
     "layer-sharing": "sharing",
     "layer-merging": "merging",
+    "channel-groups": "channels",
 }
 
 

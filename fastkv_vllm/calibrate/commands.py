@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastkv_vllm.calibrate.artefact import make, save
+from fastkv_vllm.calibrate.channels import ChannelRanges, ClipSearch
 from fastkv_vllm.calibrate.decays import RecallCurves, Votes, choose_shares, mean_share
 from fastkv_vllm.calibrate.duo import DuoSettings, GateTrainer
 from fastkv_vllm.calibrate.errors import CalibrationError
@@ -195,6 +196,24 @@ def calibrate_merging(args: Namespace, command: str) -> str:
     pairs = ", ".join(f"{owner} and {layer}" for layer, owner in enumerate(work.owners) if owner != layer)
     head = f"share of right answer tokens lost with layers {pairs} merged: {found['lost']:.3f}; with one pair alone:"
     return "\n".join([head, *lines])
+
+
+def calibrate_channels(args: Namespace, command: str) -> str:
+    """Group the channels of each head and choose where codes end; the result in words."""
+    run = Run(args, command)
+    prompts = run.prompts(args.prompts)
+    settings = {"num_sink": args.num_sink, "prompts": digest(prompts)}
+    ranges = ChannelRanges(run.model, prompts, args.num_sink)
+    run.measure("ranges", ranges, len(prompts), settings)
+    orders = ranges.orders()
+    clips = ClipSearch(run.model, prompts, orders, args.num_sink)
+    run.measure("clips", clips, len(prompts), settings)
+    found = clips.found()
+    run.finish("channel-groups", settings, {"orders": orders.tolist(), **found, "num_prompts": len(prompts)})
+    return "\n".join(
+        f"{name}: {lost:.3f} of their squared norm is lost, {unmeasured:.3f} in their own order and unclipped"
+        for name, lost, unmeasured in zip(("keys", "values"), found["lost"], found["lost_unmeasured"], strict=True)
+    )
 
 
 def _sweep(run: Run, tasks: list[Prompt], propagation: Propagation, layer: int) -> dict[str, Any]:

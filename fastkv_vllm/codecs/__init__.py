@@ -7,6 +7,7 @@ from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
 from fastkv_vllm.codecs.kivi import KiviCodec
 from fastkv_vllm.codecs.merged import MERGES, VALUES, PairCodec, neighbours
+from fastkv_vllm.codecs.skvq import LEVELS, ChannelGroups, SkvqCodec, num_groups, quantise_clipped
 
 CODECS: dict[str, Codec] = {
     "fp8": Float8Codec(),
@@ -15,6 +16,7 @@ CODECS: dict[str, Codec] = {
     "int2": AffineCodec(2),
     "kivi4": KiviCodec(4),
     "kivi2": KiviCodec(2),
+    "skvq": SkvqCodec(),
     "exact": ExactCodec(),
 }
 NO_CODEC = "none"  # entries are stored as they are
@@ -22,18 +24,23 @@ VECTOR_CODECS = {name: codec for name, codec in CODECS.items() if isinstance(cod
 
 __all__ = [
     "CODECS",
+    "LEVELS",
     "MERGES",
     "NO_CODEC",
     "VALUES",
     "VECTOR_CODECS",
     "AffineCodec",
+    "ChannelGroups",
     "Codec",
     "EntryShape",
     "ExactCodec",
     "Float8Codec",
     "KiviCodec",
     "PairCodec",
+    "SkvqCodec",
     "VectorCodec",
     "best_channels",
     "neighbours",
+    "num_groups",
+    "quantise_clipped",
 ]

@@ -44,10 +44,15 @@ class Codec(ABC):
     Class attributes:
         source: paper and section the arithmetic follows.
         group_size: entries encoded together.
+        artefact: kind of the file with what was measured of the model's heads; None: there is none to know.
+        exact_sinks: the first entries, those that always stay, are stored as they are, in the first places for codes;
+            with a group_size of 1 only.
     """
 
     source: ClassVar[str]
     group_size: ClassVar[int] = 1
+    artefact: ClassVar[str | None] = None
+    exact_sinks: ClassVar[bool] = False
 
     @abstractmethod
     def num_bytes(self, entry: EntryShape) -> int:
@@ -72,6 +77,16 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [g * group_size, Dk] and values [g * group_size, D] of groups [g, B] uint8, float32 each."""
+
+    def of_heads(self, heads: torch.Tensor) -> "Codec":
+        """The same for entries of these KV heads, [N] int64, counted layer after layer."""
+        return self
+
+    def sink_places(self, num_sink: int, entry: EntryShape) -> int:
+        """Places for codes that the first entries of a head take as they are, beyond one for each."""
+        if not self.exact_sinks:
+            return 0
+        return -(-num_sink * entry.num_bytes // self.num_bytes(entry)) - num_sink
 
     def page_entries(self, block_size: int, entry: EntryShape) -> int:
         """Entries that fit into the bytes of a page of `block_size` entries of the model's dtype.

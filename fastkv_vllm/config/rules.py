@@ -22,6 +22,8 @@ from fastkv_vllm.methods import (
 if TYPE_CHECKING:
     from fastkv_vllm.config.tree import CompressionConfig
 
+UNMEASURED = "none"  # in the place of a file, said in so many words
+
 
 def complete(config: "CompressionConfig") -> None:
     """Check a new configuration and fill in what its method knows; call while it is made.
@@ -130,6 +132,9 @@ def _complete_budgets(config: "CompressionConfig", cls: type[Method]) -> None:
 
 def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     fill_in(config, "codec", cls.default_codec or NO_CODEC)
+    rule = f"the path of a file of `fastkv-vllm calibrate channels`, or {UNMEASURED!r}"
+    groups = config.channel_groups
+    check(groups is None or (isinstance(groups, str) and groups != ""), "channel_groups", rule, config)
     check(config.codec in (NO_CODEC, *CODECS), "codec", f"one of {', '.join((NO_CODEC, *CODECS))}", config)
     if config.codec == NO_CODEC:
         for name in ("residual_window", "channel_ratio"):
@@ -141,6 +146,10 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     check(not cls.revives, "codec", rule, config)
     fill_in(config, "channel_ratio", cls.default_channel_ratio)
     check(is_share(config.channel_ratio), "channel_ratio", "in (0, 1]", config)
+    rule = f"1 with codec {config.codec!r}, which groups all channels of a head"
+    assert config.codec is not None, "filled in above"
+    measured = CODECS[config.codec].artefact is not None
+    check(not measured or config.channel_ratio == 1, "channel_ratio", rule, config)
     fill_in(config, "residual_window", max(config.window_size, cls.default_residual_window))
     low, value, high = config.window_size, config.residual_window, config.min_tokens
     rule = f"at least window_size = {low} and less than min_tokens = {high}"

@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkv_vllm.cache import LeftAlone, PromptPlan, plan_prompt
-from fastkv_vllm.codecs import CODECS, NO_CODEC, VALUES, VECTOR_CODECS, EntryShape, ExactCodec, PairCodec, neighbours
-from fastkv_vllm.config.rules import as_json, complete, each
+from fastkv_vllm.codecs import (
+    CODECS,
+    NO_CODEC,
+    VALUES,
+    VECTOR_CODECS,
+    Codec,
+    EntryShape,
+    ExactCodec,
+    PairCodec,
+    neighbours,
+)
+from fastkv_vllm.config.rules import UNMEASURED, as_json, complete, each
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, OBSERVED, Allocator, BudgetOptions, Method, method_class
 
 
@@ -62,6 +72,8 @@ class CompressionConfig:
         channel_ratio: share of the channels of its keys that a KV head stores with a codec, those with the largest part
             in the logits of the last `window_size` queries, (0, 1]; rounded up to a multiple of 8; None: the method's
             own, mostly all.
+        channel_groups: what was measured of the channels of each head, for codecs that need it: path of the file that
+            `fastkv-vllm calibrate channels` wrote, or "none": channels in their own order, nothing clipped.
         residual_window: last tokens that a codec leaves in the model's dtype; None: the method's own, the window at
             least.
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
@@ -114,6 +126,7 @@ class CompressionConfig:
     evict_while_decoding: bool | None = None
     codec: str | None = None
     channel_ratio: float | None = None
+    channel_groups: str | None = None
     residual_window: int | None = None
     encode_generated: bool | None = None
     layer_owners: str | tuple[int, ...] | None = None
@@ -174,6 +187,11 @@ class CompressionConfig:
                     f"kv_compression_config: head_weights must be of {num_layers} layers with {num_kv_heads} KV heads "
                     f"each, as the model has; got {len(weights)} with {', '.join(map(str, sorted(widths)))}"
                 )
+        if self.codec != NO_CODEC and self._codec.artefact is not None and self.channel_groups is None:
+            raise ValueError(
+                f"kv_compression_config: channel_groups must be given for codec {self.codec!r}: the path of a file of "
+                f'`fastkv-vllm calibrate channels`, or "{UNMEASURED}" to store channels in their own order'
+            )
         self = self._with_pairs(num_layers)._with_schedule(num_layers)
         self._require_owners_of(num_layers)
         if not self.uses_tsp:
@@ -345,11 +363,26 @@ class CompressionConfig:
         """
         if self.codec == NO_CODEC:
             return None
-        assert self.codec is not None, "filled in by __post_init__"
         try:
-            return CODECS[self.codec].page_entries(block_size, self.stored_entry(entry))
+            num_entries = self._codec.page_entries(block_size, self.stored_entry(entry))
         except ValueError as error:
             raise ValueError(f"kv_compression_config: codec {self.codec!r}: {error}") from error
+        if self.num_sink and self._codec.exact_sinks and self.num_sink + self._sink_places(entry) > num_entries:
+            raise ValueError(
+                f"kv_compression_config: num_sink must leave room in a page of {block_size} entries, the sinks are "
+                f"stored as they are; got {self.num_sink}"
+            )
+        return num_entries
+
+    @property
+    def _codec(self) -> Codec:
+        assert self.codec is not None, "filled in by __post_init__"
+        return CODECS[self.codec]
+
+    def _sink_places(self, entry: EntryShape) -> int:
+        """Places for codes that the sinks of a head take beyond their own."""
+        assert self.num_sink is not None, "filled in by __post_init__"
+        return 0 if self.codec == NO_CODEC else self._codec.sink_places(self.num_sink, self.stored_entry(entry))
 
     def plan(
         self, num_tokens: int, block_size: int, num_after_image: int = 0, entry: EntryShape | None = None
@@ -389,6 +422,7 @@ class CompressionConfig:
             reads_again=cls.reads_again and bool(cuts),
             residual=self.residual_window or 0,
             page_entries=None if entry is None else self.page_entries(block_size, entry),
+            sink_places=0 if entry is None else self._sink_places(entry),
             encodes=bool(self.encode_generated),
             layer_owners=owners,
             pair_entries=self._pair_entries(block_size, entry) if owners else None,

@@ -22,6 +22,7 @@ os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 
 from fastkv_vllm.cache import PromptPlan  # noqa: E402
+from fastkv_vllm.calibrate.artefact import make, save  # noqa: E402
 from fastkv_vllm.config import CompressionConfig  # noqa: E402
 from tests.engine.oracle import BLOCK_SIZE, clear, make_prompts, plan_of, reference, tolerance  # noqa: E402
 from tests.reference.images import engine_prompt  # noqa: E402
@@ -56,7 +57,7 @@ class Engine:
     ) -> None:
         gc.freeze()  # vLLM collects several times; a million objects of modules need no look each time
         if method is not None:
-            arguments |= {"kv_compression": method, "kv_compression_config": config or {}}
+            arguments |= {"kv_compression": method, "kv_compression_config": _with_file(config or {}, checkpoint)}
         defaults = {
             "skip_tokenizer_init": True,
             "enforce_eager": True,
@@ -287,6 +288,16 @@ class Engine:
             )
         )
         return self._preempt(request, *args, **kwargs)
+
+
+def _with_file(config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The same with a file of the checkpoint in the place of numbers that only a file can hold."""
+    groups = config.get("channel_groups")
+    if not isinstance(groups, dict):
+        return config
+    file = checkpoint.with_name(f"{checkpoint.name}-channels.json")
+    save(make("channel-groups", checkpoint, command="-", settings={}, data=groups), file)
+    return config | {"channel_groups": str(file)}
 
 
 def sampling(max_tokens: int, **parameters: Any) -> SamplingParams:

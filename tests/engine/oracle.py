@@ -73,6 +73,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         codec=None if config.codec == "none" else config.codec,
         encoded_to=None if config.codec == "none" else plan.num_whole_blocks * BLOCK_SIZE,
         num_channels=8 * ceil(config.channel_ratio * ENTRY.head_dim / 8) if config.drops_channels else None,
+        num_exact=config.num_sink if config.codec == "skvq" else 0,
+        channel_groups=config.channel_groups if config.codec == "skvq" and config.channel_groups != "none" else None,
         encode_after=BLOCK_SIZE if plan.encodes else None,
         residual=plan.residual if plan.encodes else 0,
         layer_owners=plan.layer_owners,
@@ -98,7 +100,9 @@ def freed_blocks(plan: PromptPlan, generation: Generation, num_ranks: int = 1) -
     for first in range(0, num_ranks * num_heads, num_heads):
         layers = [layer[first : first + num_heads] for layer in generation.kept]
         heads = [len(head) - plan.num_tail for layer in layers for head in layer]
-        pages = sum(-(-(entries + awaited) // (plan.page_entries or plan.block_size)) for entries in heads)
+        pages = sum(
+            -(-(plan.sink_places + entries + awaited) // (plan.page_entries or plan.block_size)) for entries in heads
+        )
         if plan.layer_owners:
             by_layer = [plan.pages_of_layers(entries // plan.block_size) for entries in heads]
             pages = sum(held[number // num_heads] for number, held in enumerate(by_layer))
@@ -114,7 +118,7 @@ def blocks_filled(num_context: int, num_tokens: int) -> int:
 def code_blocks(plan: PromptPlan, num_encoded: int) -> int:
     """Blocks with the codes of a text whose first num_encoded blocks are encoded, and its prompt's whole ones soon."""
     later = max(num_encoded, plan.num_tokens // BLOCK_SIZE) - plan.num_whole_blocks
-    return -(-(plan.num_moved + later * BLOCK_SIZE) // plan.page_entries)
+    return -(-(plan.sink_places + plan.num_moved + later * BLOCK_SIZE) // plan.page_entries)
 
 
 def blocks_encoded(plan: PromptPlan, num_tokens: int) -> int:
@@ -166,7 +170,9 @@ def tolerance(config: CompressionConfig | None) -> float:
     """
     if config is None or config.codec in ("none", "exact"):
         return 2e-4
-    return (2e-2 if config.codec.endswith("2") else 1e-2) * (2 if config.encode_generated else 1)
+    return (2e-2 if config.codec.endswith("2") or config.codec == "skvq" else 1e-2) * (
+        2 if config.encode_generated else 1
+    )
 
 
 def _is_clear(generation: Generation, smallest_gap: float, tolerance: float) -> bool:

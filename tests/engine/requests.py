@@ -15,15 +15,16 @@ from tests.engine.oracle import (
     plan_of,
     reference,
 )
-from tests.engine.settings import REQUESTS
+from tests.engine.settings import REQUESTS, SERVER
 
 LENGTHS = [1111, 700, 832, 500, 1300, 640, 901, 333, 777, 1024]
 
 
 def filled(method, settings):
-    """Configuration of a request of the small checkpoint; None: not compressed."""
+    """Configuration of a request of the small checkpoint, on a server of SERVER; None: not compressed."""
     if method == "none":
         return None
+    settings = {"channel_groups": SERVER["channel_groups"], **settings}
     return CompressionConfig(method, **settings).for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
 
 

@@ -1,5 +1,7 @@
 """Settings that make the small models compress, and the prompts most tests send."""
 
+import random
+
 from tests.engine.oracle import make_prompts
 
 SMALL = {"min_tokens": 128, "retention_ratio": 0.2}
@@ -54,6 +56,12 @@ RAGGED = {
     "fastkv-halting": ("fastkv", HALTING | {"tsp_layer": 3, "tsp_ratio": 0.7}),
     "streamingllm-pyramid": ("streamingllm", SMALL | {"layer_budgets": "pyramid"}),
 }
+# Of 8 layers with 2 KV heads of 32 channels in two groups: channels of keys and values in some order, and shares.
+_RANDOM = random.Random(5)
+CHANNELS = {
+    "orders": [[[_RANDOM.sample(range(32), 32) for _ in range(2)] for _ in range(2)] for _ in range(8)],
+    "clips": [[[[_RANDOM.uniform(0.6, 1.0) for _ in range(2)] for _ in range(2)] for _ in range(2)] for _ in range(8)],
+}
 # Name -> method and configuration of entries stored by a codec.
 ENCODED = {
     "snapkv-int8": ("snapkv", SMALL | {"codec": "int8"}),
@@ -69,12 +77,17 @@ ENCODED = {
     "think": ("think", SMALL),
     "h2o-kivi4-channels": ("h2o", SMALL | {"codec": "kivi4", "channel_ratio": 0.5}),
     "fastkv-adaptive-exact": ("fastkv", TSP | {"head_budgets": "adaptive", "codec": "exact", "channel_ratio": 0.4}),
+    "fastkv-adaptive-skvq": (
+        "fastkv",
+        TSP | {"head_budgets": "adaptive", "codec": "skvq", "num_sink": 5, "channel_groups": CHANNELS},
+    ),
     "streamingllm-whole-kivi4": ("streamingllm", {"min_tokens": 128, "retention_ratio": 1.0, "codec": "kivi4"}),
 }
 # Those whose generated tokens are encoded, too.
 KIVI = {"min_tokens": 128, "codec": "kivi2", "residual_window": 40}
 ENCODING = {
     "kivi": ("kivi", KIVI),
+    "skvq": ("kivi", KIVI | {"codec": "skvq", "num_sink": 5, "channel_groups": CHANNELS}),
     "fastkv-int8": (
         "fastkv",
         TSP | {"codec": "int8", "channel_ratio": 0.7, "residual_window": 100, "encode_generated": True},
@@ -102,7 +115,7 @@ MERGED = {
     ),
 }
 # Of a server with room for all of REQUESTS: the rows of three cuts of the longest prompt.
-SERVER = TSP | {"max_tsp_tokens": 3 * 2048}
+SERVER = TSP | {"max_tsp_tokens": 3 * 2048, "channel_groups": "none"}
 # Attention is nearly even with random weights: 0.6 of it takes some four tenths of the entries.
 GUARDED = {
     "snapkv-guarded": ("snapkv", SMALL | {"min_attention_recall": 0.6}),
@@ -134,6 +147,7 @@ REQUESTS = {
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
     "kivi": ("kivi", KIVI | {"codec": "kivi4"}),
+    "kivi-skvq": ("kivi", KIVI | {"codec": "skvq", "num_sink": 5}),
     "kvsharer": SHARING["kvsharer"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
     "think": ("think", SMALL),

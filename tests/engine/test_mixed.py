@@ -37,7 +37,8 @@ def test_blocks_held_are_those_of_the_pages_that_stay(engine, monkeypatch, metho
     assert pages <= plan.num_pages if fewer else pages == plan.num_pages
     if plan.page_entries is not None:
         later = code_blocks(plan, plan.num_whole_blocks)
-        pages = later if plan.encodes else -(-plan.num_pages * BLOCK_SIZE // plan.page_entries)
+        places = plan.num_pages * BLOCK_SIZE + plan.sink_places
+        pages = later if plan.encodes else -(-places // plan.page_entries)
     if plan.layer_owners:
         pages = sum(plan.pages_of_layers(plan.num_pages)) / len(plan.layer_owners)
     own = -(-(plan.num_tail + 3) // BLOCK_SIZE)  # of the tail and of three generated tokens

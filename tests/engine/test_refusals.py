@@ -1,11 +1,13 @@
 """What cannot run together is refused before anything runs, by a sentence that names both sides."""
 
+import dataclasses
 import os
 import re
 from types import SimpleNamespace
 
 import pytest
 from transformers import MistralConfig
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
@@ -14,12 +16,13 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from fastkv_vllm.adapter import conflicts, version
+from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.conflicts import CONFLICTS
 from fastkv_vllm.adapter.wiring import compression_config
 from fastkv_vllm.adapter.worker import CPUCompressionWorker
 from fastkv_vllm.calibrate.artefact import make, save
 from tests.engine.oracle import make_prompts
-from tests.engine.settings import TSP, WEIGHTS
+from tests.engine.settings import CHANNELS, TSP, WEIGHTS
 
 # Arguments -> what compression needs and what it got.
 REFUSED = {
@@ -240,6 +243,39 @@ def test_layers_are_merged_where_a_report_says_that_answers_survive(checkpoint, 
     assert served(merge_limit=1.0).layer_owners == (0, 1, 2, 3, 4, 4, 6, 6)
     with pytest.raises(ValueError, match="must be of kind 'layer-sharing'; it is of kind 'layer-merging'"):
         served("kvsharer", layer_owners=str(file))
+
+
+def test_channels_are_stored_as_this_models_file_says(checkpoint, tmp_path):
+    file, other = tmp_path / "channels.json", tmp_path / "other.json"
+    artefact = make("channel-groups", checkpoint, command="-", settings={}, data=CHANNELS)
+    save(artefact, file)
+    save(dataclasses.replace(artefact, fingerprint="sha256:0"), other)
+
+    def served(**settings):
+        return configure(checkpoint, kv_compression="kivi", kv_compression_config={"codec": "skvq"} | settings)
+
+    assert compression_config(served(channel_groups=str(file))).channel_groups == str(file)
+    assert compression_config(served(channel_groups="none")).channel_groups == "none"
+    with pytest.raises(ValueError, match="channel_groups must be given for codec 'skvq': the path of a file of `fastk"):
+        served()
+    with pytest.raises(ValueError, match=r"other\.json must have been made for the model it is used with"):
+        served(channel_groups=str(other))
+    with pytest.raises(ValueError, match=r"missing\.json is none"):
+        served(channel_groups=str(tmp_path / "missing.json"))
+    with_file = served(channel_groups=str(file))
+    choice = Choice(with_file, compression_config(with_file))
+
+    def chosen(**extra):
+        return choice.of(SamplingParams(extra_args=extra))
+
+    assert chosen(kv_compression="snapkv", codec="skvq").channel_groups == str(file), "measured once, for all requests"
+    with pytest.raises(
+        VLLMValidationError, match=r"files, memory and limits are the server's .*; leave out channel_gr"
+    ):
+        chosen(channel_groups="none")
+    without = configure(checkpoint, kv_compression="snapkv")
+    with pytest.raises(VLLMValidationError, match="channel_groups must be given for codec 'skvq'"):
+        Choice(without, compression_config(without)).of(SamplingParams(extra_args={"codec": "skvq"}))
 
 
 def test_owners_of_layers_come_from_this_models_file(checkpoint, tmp_path):

@@ -1,19 +1,29 @@
 """What is left of keys and values that a codec stores: numbers rounded one by one, nothing packed."""
 
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+Groups = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]  # of keys and values: channels in order, clips
 
 AFFINE = {"int8": 8, "int4": 4, "int2": 2}
 KIVI = {"kivi4": 4, "kivi2": 2}
 FLOAT8 = ("fp8",)
 EXACT = ("exact",)
+CLIPPED = {"skvq": (4, 3)}  # levels of keys, of values
 
 
-def stored(codec: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def stored(codec: str, keys: Tensor, values: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
     """Keys and values [n, D] as they come back, in the order in which they are kept.
 
     int8, int4, int2: arXiv 2412.12706, groups of 64 channels. kivi4, kivi2: arXiv 2402.02750, section 3, keys in groups
-    of 32 tokens, values in groups of 32 channels. fp8: e4m3 without a scale.
+    of 32 tokens, values in groups of 32 channels. fp8: e4m3 without a scale. skvq: arXiv 2405.06219, section 3.
+
+    groups: with skvq, what was measured of the head; None: channels in their own order, not clipped.
     """
     if codec in AFFINE:
         parts = []
@@ -28,8 +38,38 @@ def stored(codec: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     if codec in EXACT:
         return keys.clone(), values.clone()
     if codec in FLOAT8:
-        return tuple(x.clamp(-448, 448).to(torch.float8_e4m3fn).float() for x in (keys, values))
-    raise ValueError(f"codec must be one of {', '.join((*AFFINE, *KIVI, *FLOAT8, *EXACT))}; got {codec!r}")
+        return tuple(map(e4m3, (keys, values)))
+    if codec in CLIPPED:
+        orders, clips = groups or ([range(x.shape[1]) for x in (keys, values)], [[1.0] * 9] * 2)
+        return tuple(map(clipped, (keys, values), CLIPPED[codec], orders, clips))
+    raise ValueError(f"codec must be one of {', '.join((*AFFINE, *KIVI, *FLOAT8, *EXACT, *CLIPPED))}; got {codec!r}")
+
+
+@cache
+def groups_of_heads(file: str, layer: int) -> list[Groups]:
+    """What a file of `fastkv-vllm calibrate channels` says about a layer's heads."""
+    data = json.loads(Path(file).read_text())["data"]
+    return list(zip(data["orders"][layer], data["clips"][layer], strict=True))
+
+
+def clipped(rows: Tensor, levels: int, order: Sequence[int], clips: Sequence[float]) -> Tensor:
+    """Rows [n, D] rounded to so many values between the clipped extremes of each group of channels, e4m3 both."""
+    count = max(2, -(-len(order) // 64))
+    width = len(order) // count
+    out = rows.clone()
+    for number in range(count):
+        own = list(order[number * width : (number + 1) * width])
+        group, clip = rows[:, own], torch.tensor(clips[number])
+        low = e4m3(clip * group.min(dim=1, keepdim=True).values)
+        step = e4m3((clip * group.max(dim=1, keepdim=True).values - low) / (levels - 1))
+        codes = ((group - low) / step).round().clamp(0, levels - 1)
+        out[:, own] = torch.where(step > 0, low + codes * step, low)
+    return out
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """Numbers rounded to eight bits, those beyond the range to its end."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
 def channel_parts(queries: Tensor, keys: Tensor) -> list[float]:

@@ -16,6 +16,7 @@ import tests.reference.codecs
 import tests.reference.eviction
 import tests.reference.merging
 import tests.reference.streaming
+from tests.reference.codecs import Groups
 from tests.reference.images import image_rows
 from tests.reference.revival import Waiting, choose, exchange, put_back
 from tests.reference.scores import (
@@ -62,6 +63,7 @@ class _Layer:
     votes: of all queries for each entry, of each head [N]; empty where they do not vote.
     num_stored: of each head, the first entries, which its codec has stored.
     channels: of each head, of its keys those that are stored.
+    groups: of each head, what was measured of its channels.
     """
 
     weights: dict[str, Tensor]
@@ -71,6 +73,7 @@ class _Layer:
     votes: list[Tensor]
     num_stored: list[int] = field(default_factory=list)
     channels: list[list[int]] = field(default_factory=list)
+    groups: Sequence[Groups | None] = ()
 
 
 class ReferenceModel:
@@ -215,8 +218,11 @@ class ReferenceModel:
                 stay = [_select(*head, drop) for head in zip(ratings, own, numbers, strict=True)]
                 layer.keys, layer.values = _take(layer.keys, rows, stay), _take(layer.values, rows, stay)
                 if drop.codec is not None and drop.merge is None:
-                    layer.num_stored = [0] * len(stay)
-                    counts = [int((positions < drop.encoded_to).sum()) for positions in stay]
+                    layer.num_stored = [drop.num_exact] * len(stay)
+                    counts = [int((positions < drop.encoded_to).sum()) - drop.num_exact for positions in stay]
+                    layer.groups = [None] * len(stay)
+                    if drop.channel_groups is not None:
+                        layer.groups = tests.reference.codecs.groups_of_heads(drop.channel_groups, index)
                     layer.channels = _channels(layer, voters[index], counts, drop)
                     _store(layer, counts, drop)
                 if layer.votes:
@@ -436,7 +442,8 @@ def _store(layer: _Layer, counts: Sequence[int], drop: Drop) -> None:
         more = slice(layer.num_stored[head], layer.num_stored[head] + count)
         keys = torch.zeros_like(layer.keys[head][more])
         own = layer.channels[head]
-        parts = tests.reference.codecs.stored(drop.codec, layer.keys[head][more][:, own], layer.values[head][more])
+        entries = layer.keys[head][more][:, own], layer.values[head][more]
+        parts = tests.reference.codecs.stored(drop.codec, *entries, layer.groups[head])
         keys[:, own], layer.values[head][more] = parts
         layer.keys[head][more] = keys
         layer.num_stored[head] = more.stop
