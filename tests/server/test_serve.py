@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import openai
 import pytest
+import requests
 
 from benchmarks.server import sample_value
 from benchmarks.soak import draw, soak
@@ -17,6 +18,12 @@ from tests.server.conftest import MODEL, SETTINGS, client_of
 LONG = [make_example("niah", 1024, seed) for seed in range(4)]
 SHORT = make_example("niah", 300, 0)
 BLOCK_SIZE = 32
+MESSAGES = [{"role": "user", "content": LONG[0].prompt}]
+CHATS = {
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 8},
+    "/v1/responses": {"input": LONG[0].prompt, "max_output_tokens": 8},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 8},
+}
 
 
 def complete(server, example, **arguments):
@@ -132,6 +139,52 @@ def test_a_request_chooses_its_method(compressing_server):
     assert text == LONG[0].answer and figures == [0, 0, 0]
     with pytest.raises(openai.BadRequestError, match="unknown compression method 'h3o'; known: "):
         ask(kv_compression="h3o")
+
+
+def ask(server, path, stream, **choice):
+    body = CHATS[path] | {"model": MODEL, "stream": stream, "temperature": 0, "vllm_xargs": choice}
+    return requests.post(server.base_url + path, json=body, timeout=120)
+
+
+@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_each_api_takes_a_choice(compressing_server, path, stream):
+    def counted():
+        samples = compressing_server.metrics()
+        names = ("requests_compressed", "prompt_tokens_seen", "prompt_tokens_kept")
+        return [sample_value(samples, f"vllm:fastkv_{name}_total", method="snapkv") for name in names]
+
+    before = counted()
+    reply = ask(compressing_server, path, stream, kv_compression="snapkv", retention_ratio=0.3)
+    assert reply.status_code == 200 and (stream or LONG[0].answer in reply.text), reply.text
+    num, seen, kept = (after - ago for ago, after in zip(before, counted(), strict=True))
+    plan = CompressionConfig(method="snapkv", retention_ratio=0.3).plan(int(seen), BLOCK_SIZE)
+    assert num == 1 and 1000 < seen <= 1024 and kept == plan.num_kept
+    if not stream and path != "/v1/messages":  # Anthropic's answers have no such field
+        report = {"method": "snapkv", "prompt_tokens_seen": seen, "prompt_tokens_kept": kept}
+        assert reply.json()["kv_transfer_params"] == {"fastkv": report}
+
+
+TOO_LATE = pytest.mark.xfail(
+    raises=requests.exceptions.ChunkedEncodingError,
+    strict=True,
+    reason="vLLM asks the engine for a streamed response after its status: the connection ends without an answer",
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "stream"),
+    [
+        *((path, False) for path in CHATS),
+        ("/v1/chat/completions", True),
+        ("/v1/messages", True),
+        pytest.param("/v1/responses", True, marks=TOO_LATE),
+    ],
+)
+def test_each_api_refuses_what_cannot_be_had(compressing_server, path, stream):
+    refused = ask(compressing_server, path, stream, kv_compression="snapkv", retention_ratio=3)
+    assert refused.status_code == 400 and "retention_ratio" in refused.text, refused.text
+    assert refused.headers["Content-Type"].startswith("application/json")
 
 
 def test_an_answer_says_what_was_done(compressing_server):
