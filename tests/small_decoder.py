@@ -24,7 +24,7 @@ from fastkv_vllm.adapter.pages import RowLayout
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
-from fastkv_vllm.codecs import EntryShape
+from fastkv_vllm.codecs import CODECS, EntryShape
 from fastkv_vllm.config import CompressionConfig
 from tests.named_gpu import OnGPU
 
@@ -168,7 +168,7 @@ class Decoder:
         ]
         for layer in self.layers:
             layer.isa = vars(self.builder).get("isa")  # as vLLM's CPU engine tells them
-        self.compressor = Compressor(list(caches), self.builder.page_layout(caches.dtype))
+        self.compressor = Compressor(list(caches), self.builder.page_layout(caches.dtype), CODECS)
         pool = self.compressor.pool
         self.compressor.pool = replace(pool, cache=place(pool.cache), first=place(pool.first))
         self.compressor.evictor = Evictor(self.compressor.pool)
