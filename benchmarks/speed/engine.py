@@ -76,19 +76,19 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     setup, load = Setup(**task["setup"]), Load(**task["load"])
     rng = random.Random(0)
-    shared = _random_prompt(rng, load.shared_tokens)
+    shared = random_prompt(rng, load.shared_tokens)
     own_tokens = load.prompt_tokens - load.shared_tokens
     more_tokens = (load.turns - 1) * load.turn_tokens
     try:
-        llm = _start(task["model"], setup, load)
-        warm_up = follow(llm, [shared + _random_prompt(rng, min(own_tokens, WARM_UP_TOKENS))], WARM_UP_OUTPUT)
+        llm = start_engine(task["model"], setup, load, enforce_eager=True, block_size=BLOCK_SIZE)
+        warm_up = follow(llm, [shared + random_prompt(rng, min(own_tokens, WARM_UP_TOKENS))], WARM_UP_OUTPUT)
     except Exception as error:  # what an engine cannot serve may fail anywhere on the way
         if setup.is_rival:
             return {"refused": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         raise
     examples = _questions(load)
     prompts = [e.prompt_ids for e in examples] or [
-        shared + _random_prompt(rng, own_tokens + more_tokens) for _ in range(load.num_requests)
+        shared + random_prompt(rng, own_tokens + more_tokens) for _ in range(load.num_requests)
     ]
     before = _worker_s(llm, setup)
     turns = [
@@ -97,31 +97,32 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     ]
     after = _worker_s(llm, setup)
     num_preemptions = sum(followed.num_preemptions for followed in (warm_up, *turns))
-    require_done(setup, _counters(llm), num_prompts=len(prompts) * load.turns + 1, num_preemptions=num_preemptions)
+    require_done(setup, counters_of(llm), num_prompts=len(prompts) * load.turns + 1, num_preemptions=num_preemptions)
     worker_s = [end - start for start, end in zip(before, after, strict=True)]
     outcome = _outcome(llm, turns, load, examples, worker_s)
     _require_rules(setup, outcome, turns)
     return asdict(outcome)
 
 
-def _start(model: str, setup: Setup, load: Load) -> LLM:
+def start_engine(model: str, setup: Setup, load: Load, **more: Any) -> LLM:
+    """An engine for a load by its setup, with more engine arguments."""
     flags = {"enable_prefix_caching": False} | setup.engine
     if setup.method is not None:
         flags |= {"kv_compression": setup.method, "kv_compression_config": setup.config}
     return LLM(
         model,
         skip_tokenizer_init=True,
-        enforce_eager=True,
-        block_size=BLOCK_SIZE,
         max_model_len=load.most_tokens,
         max_num_batched_tokens=load.step_tokens,
         max_num_seqs=load.num_requests,
         num_gpu_blocks_override=load.blocks_of(setup),
         **flags,
+        **more,
     )
 
 
-def _random_prompt(rng: random.Random, num_tokens: int) -> list[int]:
+def random_prompt(rng: random.Random, num_tokens: int) -> list[int]:
+    """Token ids of a prompt."""
     return [rng.randrange(*RANDOM_IDS) for _ in range(num_tokens)]
 
 
@@ -135,7 +136,7 @@ def _scheduler(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def _counters(llm: LLM) -> Counters | None:
+def counters_of(llm: LLM) -> Counters | None:
     """The compressing scheduler's totals; None: it is vLLM's own."""
     totals = vars(_scheduler(llm)).get("totals")
     if totals is None:

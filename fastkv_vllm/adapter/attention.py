@@ -5,6 +5,7 @@ kernel that reads. Rows that are read head by head go to the same kernel as one 
 """
 
 import copy
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -79,9 +80,9 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         self._tables = TableCache()
 
+    @abstractmethod
     def page_layout(self, dtype: torch.dtype) -> PageLayout:
         """How this backend lays out a page inside."""
-        raise NotImplementedError
 
     def for_heads(self) -> "CompressionMetadataBuilder":
         """A copy that builds metadata of sequences of one KV head each."""
