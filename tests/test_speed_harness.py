@@ -6,9 +6,29 @@ import pytest
 
 from benchmarks.models import make_random_llama
 from benchmarks.speed.exactness import ExactnessFailed, check_exactness
-from benchmarks.speed.load import BLOCK_SIZE, FASTKV, FP8, PLAIN, RETAINING, SNAPKV, Counters, Load, require_done
+from benchmarks.speed.load import (
+    BLOCK_SIZE,
+    EVEN_HEADS,
+    FASTKV,
+    FP8,
+    PLAIN,
+    PLAIN_REQUESTS,
+    RETAINING,
+    SNAPKV,
+    Counters,
+    Load,
+    require_done,
+)
 from benchmarks.speed.report import merge, read_report, tables, write_report
-from benchmarks.speed.scenarios import SCENARIOS, SHAPE, chosen_cases, measure_engine, scenario_of
+from benchmarks.speed.scenarios import (
+    SCENARIOS,
+    SHAPE,
+    Case,
+    chosen_cases,
+    measure_engine,
+    measure_in_turn,
+    scenario_of,
+)
 from benchmarks.speed.summary import FIGURES, summarise
 from fastkv_vllm.config import CompressionConfig
 
@@ -132,7 +152,7 @@ def test_scenarios_are_whole(name, quick):
     assert {column.removesuffix(" ratio") for column in parts.columns} <= set(parts.figures)
     for case, details in parts.cases(quick).items():
         assert scenario_of(case) == name
-        assert details.setups[0] == PLAIN
+        assert details.setups[0] == (PLAIN_REQUESTS if details.in_turn else PLAIN)
         assert details.load.prompt_tokens + details.load.output_tokens <= SHAPE.max_position_embeddings
 
 
@@ -217,3 +237,20 @@ def test_the_smallest_real_processes(tmp_path):
     assert (fastkv["peak_blocks"], fastkv["blocks_after"]) == (whole, plan.num_pages + (plan.num_tail > 0))
     shares = ("score_s", "select_s", "compact_s")
     assert min(fastkv[share] for share in shares) > 0 == max(plain[share] for share in shares)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_setups_that_take_turns_in_one_engine(tmp_path):
+    """Each holds what it alone would hold, though all share one engine and what it counts."""
+    load = Load(2, 1024, 4, 512)
+    case = Case("", load, (PLAIN_REQUESTS, SNAPKV, EVEN_HEADS), in_turn=True)
+    said = measure_in_turn(make_random_llama(tmp_path, SHAPE), case, num_rounds=2)
+    plan = CompressionConfig.from_mapping(SNAPKV.method, SNAPKV.config).plan(load.prompt_tokens, BLOCK_SIZE)
+    kept = plan.num_pages + (plan.num_tail > 0)
+    blocks = {name: {raw["blocks_after"] for raw in rounds} for name, rounds in said.items()}
+    assert list(blocks) == ["plain", "snapkv", "snapkv, head by head"]
+    assert blocks["snapkv"] == blocks["snapkv, head by head"]
+    assert max(blocks["snapkv"]) < min(blocks["plain"])
+    assert all(kept <= count for count in blocks["snapkv"])
+    assert {len(rounds) for rounds in said.values()} == {2}

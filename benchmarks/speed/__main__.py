@@ -18,7 +18,7 @@ engine whose counters say that it did something else than its configuration says
 | tpot | a decode step by requests and prompt tokens: batches of 4; those of 1 are ttft's; eager, in process |
 | methods | first token, blocks and decode step of each method; eager, in process |
 | streaming | first token and most blocks held where heads let go while a prompt is read; eager, in process |
-| ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, in process |
+| ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, all in one engine |
 | load | `vllm serve` under `vllm bench serve`, by requests under way, in a pool of fixed bytes; eager |
 | kv-dtypes | what the engine makes of vLLM's --kv-cache-dtype, with the tiny model's questions |
 
@@ -52,7 +52,7 @@ from benchmarks.models import make_random_llama
 from benchmarks.speed.exactness import ExactnessFailed, check_exactness
 from benchmarks.speed.load import BLOCK_SIZE
 from benchmarks.speed.report import merge, read_report, tables, write_report
-from benchmarks.speed.scenarios import SCENARIOS, SHAPE, Case, chosen_cases, scenario_of
+from benchmarks.speed.scenarios import SCENARIOS, SHAPE, Case, chosen_cases, measure_in_turn, scenario_of
 from benchmarks.speed.summary import Raw, summarise
 from benchmarks.tiny_model.language import build_tokenizer
 
@@ -62,6 +62,8 @@ def measure_rounds(name: str, case: Case, model: Path, num_rounds: int) -> dict[
 
     Each round starts with another setup, so that none always follows the same neighbour or comes first.
     """
+    if case.in_turn:
+        return measure_in_turn(model, case, num_rounds)
     measure = SCENARIOS[scenario_of(name)].measure
     said: dict[str, list[Raw]] = {setup.name: [] for setup in case.setups}
     for i in range(num_rounds):
@@ -91,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME", help="scenarios or cases (all)")
     parser.add_argument("--quick", action="store_true", help="small loads, one round: does it run at all")
-    parser.add_argument("--rounds", type=int, help="processes per configuration and case (1 to 3 by case)")
+    parser.add_argument("--rounds", type=int, help="runs of each configuration (1 to 7 by case)")
     parser.add_argument("--json", type=Path, help="file to write after each case and to add to")
     args = parser.parse_args()
     cases = chosen_cases(args.scenario, quick=args.quick)

@@ -104,6 +104,52 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return asdict(outcome)
 
 
+def measure_in_turn(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Give one engine a load as often as there are setups and rounds, each time with the requests' own settings.
+
+    Args:
+        task: `model` (checkpoint directory), fields of the `setups` and of the `load`, number of `rounds`. The engine
+            is started with the first setup that compresses; its cache serves them all.
+
+    Returns:
+        By setup the fields of `Outcome` of each round.
+
+    Raises:
+        RuntimeError: the engine did something else.
+    """
+    setups, load = [Setup(**fields) for fields in task["setups"]], Load(**task["load"])
+    rng = random.Random(0)
+    llm = start_engine(
+        task["model"], next(s for s in setups if s.compresses), load, enforce_eager=True, block_size=BLOCK_SIZE
+    )
+    prompts = [random_prompt(rng, load.prompt_tokens) for _ in range(load.num_requests)]
+    outcomes: dict[str, list[dict[str, Any]]] = {setup.name: [] for setup in setups}
+    for i in range(-1, task["rounds"]):  # one that is not counted: it warms up what each of them calls
+        for setup in _begin_with(setups, i):
+            outcome = _measure_requests(llm, setup, load, prompts)
+            if i >= 0:
+                outcomes[setup.name].append(asdict(outcome))
+    return outcomes
+
+
+def _begin_with(setups: Sequence[Setup], number: int) -> list[Setup]:
+    """All of them, another one first each time."""
+    start = number % len(setups)
+    return [*setups[start:], *setups[:start]]
+
+
+def _measure_requests(llm: LLM, setup: Setup, load: Load, prompts: list[list[int]]) -> Outcome:
+    """A load with a setup's settings in its requests, on an engine that compresses."""
+    earlier, before = counters_of(llm), _worker_s(llm, setup)
+    followed = follow(llm, prompts, load.output_tokens, {"kv_compression": setup.method, **setup.config})
+    after, now = _worker_s(llm, setup), counters_of(llm)
+    assert now is not None and earlier is not None, "it compresses"
+    require_done(setup, now.since(earlier), num_prompts=len(prompts), num_preemptions=followed.num_preemptions)
+    outcome = _outcome(llm, [followed], load, [], [end - start for start, end in zip(before, after, strict=True)])
+    _require_rules(setup, outcome, [followed])
+    return outcome
+
+
 def start_engine(model: str, setup: Setup, load: Load, **more: Any) -> LLM:
     """An engine for a load by its setup, with more engine arguments."""
     flags = {"enable_prefix_caching": False} | setup.engine
@@ -207,4 +253,4 @@ def _require_rules(setup: Setup, outcome: Outcome, turns: Sequence[Followed]) ->
 
 
 if __name__ == "__main__":
-    answer(measure)
+    answer(lambda task: measure_in_turn(task) if "setups" in task else measure(task))

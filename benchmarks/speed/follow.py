@@ -44,11 +44,17 @@ class Followed:
         return median(full) * 1e3 if full else None
 
 
-def follow(llm: LLM, prompts: list[list[int]], output_tokens: int) -> Followed:
-    """Send all prompts at once and step until the last has its answer, greedy and of full length."""
+def follow(llm: LLM, prompts: list[list[int]], output_tokens: int, settings: dict[str, Any] | None = None) -> Followed:
+    """Send all prompts at once and step until the last has its answer, greedy and of full length.
+
+    Args:
+        settings: each request's own; None: the engine's.
+    """
     engine = llm.llm_engine
     followed = Followed(len(prompts))
-    sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        max_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=settings
+    )
     with _Watch(engine.engine_core.engine_core.scheduler, followed) as watch:
         cpu, wall = time.process_time(), time.perf_counter()
         for i, prompt in enumerate(prompts):

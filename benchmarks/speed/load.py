@@ -1,6 +1,6 @@
 """What one process is to do, with which configuration, and whether it did it."""
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from fastkv_vllm.methods import method_class
@@ -49,6 +49,7 @@ class Setup:
 
 
 PLAIN = Setup("plain")
+PLAIN_REQUESTS = Setup("plain", "none", leaves_alone=True)  # of an engine whose other requests are compressed
 UNLOADED = Setup("unloaded", environment={"VLLM_PLUGINS": ""})
 SNAPKV = Setup("snapkv", "snapkv", {"retention_ratio": 0.1})
 FASTKV = Setup("fastkv", "fastkv", {"retention_ratio": 0.1, "tsp_layer": 7, "tsp_ratio": 0.2})
@@ -139,6 +140,11 @@ class Counters:
     left_alone: int
     tsp_rows_in: int
     tsp_rows_out: int
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """What was done since an earlier look at the same engine."""
+        now, then = astuple(self), astuple(earlier)
+        return Counters(*(a - b for a, b in zip(now, then, strict=True)))
 
 
 def require_done(setup: Setup, counters: Counters | None, *, num_prompts: int, num_preemptions: int) -> None:

@@ -18,6 +18,7 @@ from benchmarks.speed.load import (
     FP8,
     OTHERS,
     PLAIN,
+    PLAIN_REQUESTS,
     PYRAMIDKV,
     RETAINING,
     SNAPKV,
@@ -44,12 +45,15 @@ class Case:
         load: the same for all.
         setups: each in a process of its own per round.
         rounds: how often, where the command line does not say.
+        in_turn: all setups in one engine instead, by their requests' own settings: for differences smaller than those
+            between two processes that do the same.
     """
 
     label: str
     load: Load
     setups: Sequence[Setup]
     rounds: int = 2
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ def measure_engine(model: Path, setup: Setup, load: Load) -> dict[str, Any]:
     """Fields of `engine.Outcome`, or `refused`, from a fresh process."""
     task = {"model": str(model), "setup": asdict(setup), "load": asdict(load)}
     return run_in_child("benchmarks.speed.engine", task, setup.environment)
+
+
+def measure_in_turn(model: Path, case: Case, num_rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Fields of `engine.Outcome` of each setup and round, from one engine in a fresh process."""
+    setups = [asdict(setup) for setup in case.setups]
+    task = {"model": str(model), "setups": setups, "load": asdict(case.load), "rounds": num_rounds}
+    return run_in_child("benchmarks.speed.engine", task)
 
 
 def _ttft(quick: bool) -> dict[str, Case]:
@@ -123,8 +134,8 @@ def _decode(quick: bool) -> dict[str, Case]:
 
 def _ragged(quick: bool) -> dict[str, Case]:
     load = Load(4, 1024, 16, 512) if quick else Load(4, 2048, 96)
-    setups = (PLAIN, SNAPKV, EVEN_HEADS, PYRAMIDKV, ADAKV)
-    return {"ragged": Case(_shape_of(load), load, setups, 1 if quick else 3)}
+    setups = (PLAIN_REQUESTS, SNAPKV, EVEN_HEADS, PYRAMIDKV, ADAKV)
+    return {"ragged": Case(_shape_of(load), load, setups, 1 if quick else 7, in_turn=True)}
 
 
 def _methods(quick: bool) -> dict[str, Case]:
