@@ -8,6 +8,7 @@ Draws what the reports in benchmarks/results/ hold and nothing else; docs/result
 | needles | quality.json | score by prompt length and the needle's depth, one panel per method |
 | ttft | speed.json | time to first token by prompt length |
 | decode | speed.json | time of a decode step by prompt length |
+| load | speed.json | requests served well and the tail of the time to first token, by requests under way |
 """
 
 import argparse
@@ -141,6 +142,27 @@ def _by_length(report: dict[str, Any], prefix: str, figure_name: str, label: str
     return figure
 
 
+def load(report: dict[str, Any]) -> Figure:
+    """Requests per second that met the limits, and the slowest first tokens, by requests under way at a time."""
+    cases = [case for name, case in report["scenarios"].items() if name.startswith("load-")]
+    cases.sort(key=lambda case: case["load"]["concurrency"])
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2))
+    names = list(dict.fromkeys(name for case in cases for name in case["setups"]))
+    counts = [case["load"]["concurrency"] for case in cases]
+    shown = {
+        "request_goodput": ("served well [requests/s]", 1.0),
+        "p99_ttft_ms": ("time to first token, 99th percentile [s]", 1e-3),
+    }
+    for axes, (figure_name, (label, unit)) in zip(panels, shown.items(), strict=True):
+        for name, style in zip(names, _styles(names), strict=True):
+            medians = [case["setups"][name]["figures"][figure_name]["median"] * unit for case in cases]
+            axes.plot(counts, medians, label=name, **style)
+        axes.set(xlabel="requests under way at a time", ylabel=label, xticks=counts, ylim=(0, None))
+        axes.grid(lw=0.3)
+    _legend(figure, panels[0])
+    return figure
+
+
 def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
     others = iter(zip(COLOURS, MARKERS, strict=True))
     made = []
@@ -168,6 +190,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "needles": ("quality.json", needles),
     "ttft": ("speed.json", ttft),
     "decode": ("speed.json", decode),
+    "load": ("speed.json", load),
 }
 
 

@@ -53,9 +53,9 @@ def test_plots_have_labels_and_units(name: str, tmp_path: Path) -> None:
     path = report.RESULTS / source
     figure = make(json.loads(path.read_text()) if path.exists() else QUALITY)
     text = figure._supxlabel.get_text() if figure._supxlabel else figure.axes[0].get_xlabel()
-    assert re.search("tokens|ratio", text)
+    assert re.search("tokens|ratio|requests|bytes", text)
     label = figure._supylabel.get_text() if figure._supylabel else figure.axes[0].get_ylabel()
-    assert re.search(r"share|\[CPU|depth", label)
+    assert re.search(r"share|\[CPU|depth|\[requests", label)
     path = tmp_path / "figure.svg"
     plots.save(figure, path)
     assert path.stat().st_size > 1000
