@@ -15,7 +15,7 @@ from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.arguments import configured
 from fastkv_vllm.adapter.choice import Choice, entry_shape
 from fastkv_vllm.adapter.conflicts import require_no_conflicts
-from fastkv_vllm.adapter.patches import validate_request
+from fastkv_vllm.adapter.patches import Patch, validate_request
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
 from fastkv_vllm.codecs import CODECS, NO_CODEC, ChannelGroups, Codec, SkvqCodec
@@ -29,6 +29,7 @@ STATUS_PLUGIN = "fastkv_status"  # to be named in VLLM_PLUGINS
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _RUNNER_V1 = "00"  # to vLLM the same as 0; tells our choice from the user's, so that it can be taken back
 _PACKAGE = "fastkv_vllm.adapter"
+_installed: list[Patch] = []  # of the engine configured last in this process
 
 
 def compression_config(vllm_config: VllmConfig) -> CompressionConfig:
@@ -47,7 +48,7 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     """
     config = configured(args)
     if config is None:
-        validate_request.uninstall()
+        _unpatch_front_end()
         if os.environ.get(_RUNNER_VARIABLE) == _RUNNER_V1:
             del os.environ[_RUNNER_VARIABLE]
         return None
@@ -150,14 +151,30 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     worker = "CPUCompressionWorker" if current_platform.is_cpu() else "CompressionWorker"
     vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.{worker}"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
-    if native.names_request_validators():
-        setattr(vllm_config, native.VALIDATOR_FIELD, f"{_PACKAGE}.validator.RequestValidator")
-    else:
-        validate_request.install(Choice(vllm_config, config))
+    _patch_front_end(vllm_config, config)
     if not current_platform.is_cpu():
         logger.warning("FastKV compression has been checked on CPUs only: hold its answers against those without it")
     table = "\n".join(f"  {name:<18} {value}" for name, value in overview(vllm_config).items())
     logger.info("FastKV compression is on for %s:\n%s", model.model, table)
+
+
+def _patch_front_end(vllm_config: VllmConfig, config: CompressionConfig) -> None:
+    """Put the patches that requests to this engine need in the place of those of an engine before it."""
+    from fastkv_vllm.adapter.patches import responses  # late: vLLM's server imports what imports us
+
+    _unpatch_front_end()
+    if native.names_request_validators():
+        setattr(vllm_config, native.VALIDATOR_FIELD, f"{_PACKAGE}.validator.RequestValidator")
+    else:
+        validate_request.ask(Choice(vllm_config, config))
+        _installed.extend((*validate_request.PATCHES, responses.PATCH))
+    for patch in _installed:
+        patch.install()
+
+
+def _unpatch_front_end() -> None:
+    while _installed:
+        _installed.pop().uninstall()
 
 
 def overview(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import vllm
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -19,6 +22,17 @@ from tests.test_patches import adapter_patches, patch_id
 def refusal(engine: Engine) -> str:
     try:
         engine.generate(MIXED[:1], 1, prompt_logprobs=0)
+    except VLLMValidationError as error:
+        return str(error)
+    return "none"
+
+
+def refusal_of_a_response(engine: Engine) -> str:
+    """Of one whose generator is made and not read."""
+    server = SimpleNamespace(engine_client=engine.llm.llm_engine)
+    prompt, params = {"prompt_token_ids": list(MIXED[0])}, SamplingParams(prompt_logprobs=0)
+    try:
+        OpenAIServingResponses._generate_with_builtin_tools(server, "0", prompt, params, context=None)
     except VLLMValidationError as error:
         return str(error)
     return "none"
@@ -64,6 +78,7 @@ def main(checkpoint: Path, name: str) -> None:
             ],
             "import_hooks": [type(f).__name__ for f in sys.meta_path if type(f).__module__.startswith("fastkv")],
             "refusal": refusal(engine),
+            "refusal_of_a_response": refusal_of_a_response(engine),
             "typo": typo(),
             "flags": flags(checkpoint),
             "positional": EngineArgs(str(checkpoint)).model == str(checkpoint),

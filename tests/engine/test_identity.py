@@ -1,6 +1,7 @@
 """What keeps everything, and what is not asked for, leaves vLLM as it is."""
 
 import pytest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
@@ -100,13 +101,16 @@ def test_compression_is_seen_in_the_block_counts(plain_runs, start):
         assert max(free_blocks[-8:]) > max(plain[2][-8:])
 
 
+def checks_of_requests():
+    responses = OpenAIServingResponses._generate_with_builtin_tools
+    return [vars(Platform)["validate_request"].__func__, AsyncLLM.generate, responses]
+
+
 def test_plain_vllm_after_compression_is_untouched(plain_runs, start):
     start("fastkv", TSP).check(MIXED[:2], max_tokens=4)
-    checks = [vars(Platform)["validate_request"].__func__, AsyncLLM.generate]
-    assert all("__fastkv_original__" in vars(check) for check in checks)
+    assert all("__fastkv_original__" in vars(check) for check in checks_of_requests())
     engine = start()
     assert runs_of(engine) == plain_runs
     assert classes_of(engine) == VLLM_CLASSES
-    checks = [vars(Platform)["validate_request"].__func__, AsyncLLM.generate]
-    assert not any("__fastkv_original__" in vars(check) for check in checks)
+    assert not any("__fastkv_original__" in vars(check) for check in checks_of_requests())
     engine.generate(MIXED[2:3], 4, prompt_logprobs=0)

@@ -84,3 +84,4 @@ def test_arguments_and_requests_are_checked_alike(patched: dict, plain: dict) ->
     assert patched["flags"] == ["snapkv", {"budget": 64}] and patched["positional"]
     assert "unexpected keyword argument 'kv_compresion'" in patched["typo"]
     assert patched["refusal"].startswith("prompt_logprobs cannot be had with token-selective propagation")
+    assert patched["refusal_of_a_response"] == plain["refusal_of_a_response"] == patched["refusal"]

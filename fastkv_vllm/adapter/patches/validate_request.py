@@ -12,6 +12,21 @@ from fastkv_vllm.adapter.patches.base import Patch
 _choices: list[Choice] = []  # of the engine configured last in this process, at most one
 
 
+def ask(choice: Choice) -> None:
+    """Let the patches ask this engine's choice, and no other's."""
+    _choices[:] = [choice]
+
+
+def require_servable(prompt: Any, params: Any) -> None:
+    """Refuse a prompt that is in the engine's form already, before anything of it is scheduled.
+
+    Raises:
+        VLLMValidationError: it asks for what this server cannot do.
+    """
+    if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+        _choices[0].require_servable(prompt, params)
+
+
 def _wrap_validate(original: Callable[..., None]) -> Callable[..., None]:
     def validate_request(cls: type, processed_inputs: Any, params: Any) -> None:
         original(cls, processed_inputs, params)
@@ -22,8 +37,7 @@ def _wrap_validate(original: Callable[..., None]) -> Callable[..., None]:
 
 def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            _choices[0].require_servable(prompt, sampling_params)
+        require_servable(prompt, sampling_params)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return generate
@@ -53,18 +67,3 @@ PATCHES = (
         ),
     ),
 )
-
-
-def install(choice: Choice) -> None:
-    """Put the checks of this server in place of any others of ours."""
-    uninstall()
-    _choices.append(choice)
-    for patch in PATCHES:
-        patch.install()
-
-
-def uninstall() -> None:
-    """Take our checks away."""
-    for patch in PATCHES:
-        patch.uninstall()
-    _choices.clear()
