@@ -33,3 +33,10 @@ def detours_layers() -> bool:
     from vllm.forward_context import ForwardContext
 
     return DETOUR_FIELD in ForwardContext.__dataclass_fields__
+
+
+def streams_have_our_field() -> bool:
+    """0005: the chunk that ends a stream has the field in which whole answers say what was done."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+
+    return "kv_transfer_params" in CompletionStreamResponse.model_fields

@@ -160,7 +160,7 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
 
 def _patch_front_end(vllm_config: VllmConfig, config: CompressionConfig) -> None:
     """Put the patches that requests to this engine need in the place of those of an engine before it."""
-    from fastkv_vllm.adapter.patches import responses  # late: vLLM's server imports what imports us
+    from fastkv_vllm.adapter.patches import responses, streams  # late: vLLM's server imports what imports us
 
     _unpatch_front_end()
     if native.names_request_validators():
@@ -168,6 +168,8 @@ def _patch_front_end(vllm_config: VllmConfig, config: CompressionConfig) -> None
     else:
         validate_request.ask(Choice(vllm_config, config))
         _installed.extend((*validate_request.PATCHES, responses.PATCH))
+    if not native.streams_have_our_field():
+        _installed.extend(streams.PATCHES)
     for patch in _installed:
         patch.install()
 

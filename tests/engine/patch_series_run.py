@@ -1,12 +1,21 @@
 """Run by test_patch_series.py in a process whose vLLM has the series in patches/: what comes out, as JSON."""
 
+import asyncio
+import json
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import vllm
-from vllm import SamplingParams
+from vllm import CompletionOutput, RequestOutput, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -36,6 +45,46 @@ def refusal_of_a_response(engine: Engine) -> str:
     except VLLMValidationError as error:
         return str(error)
     return "none"
+
+
+def accounts_in_streams() -> list[list]:
+    """Of each event of a stream of completions, chat completions and messages: what was done, where it says so."""
+    completions, chats = object.__new__(OpenAIServingCompletion), object.__new__(AnthropicServingMessages)
+    off = "enable_force_include_usage enable_prompt_tokens_details enable_per_request_metrics enable_log_outputs"
+    for server in (completions, chats):
+        vars(server).update(dict.fromkeys(off.split(), False), _include_reasoning_tokens_details=False)
+        vars(server).update(parser_cls=None, system_fingerprint=None, request_logger=None, response_role="assistant")
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
+    rest: Any = {"tokenizer": None, "request_metadata": RequestResponseMetadata(request_id="0")}
+
+    def of_chats() -> AsyncIterator[str]:
+        request = ChatCompletionRequest(messages=[{"role": "user", "content": "p"}], **options)
+        return chats.chat_completion_stream_generator(request, outputs("p"), "0", "m", [], **rest)
+
+    async def of_prompts() -> AsyncIterator[tuple[int, RequestOutput]]:
+        for number, prompt in enumerate("pq"):
+            async for output in outputs(prompt):
+                yield number, output
+
+    request = CompletionRequest(prompt=["p", "q"], **options)
+    streams = [
+        completions.completion_stream_generator(request, [{}, {}], of_prompts(), "0", 0, "m", 2, **rest),
+        of_chats(),
+        chats.message_stream_converter(of_chats()),
+    ]
+    return [asyncio.run(accounts(stream)) for stream in streams]
+
+
+async def outputs(prompt: str) -> AsyncIterator[RequestOutput]:
+    """A text, and its end, which looks like the end of a stream."""
+    for text, done in ((".", None), ('"choices":[] "type":"message_delta"', {"fastkv": {"method": f"of {prompt}"}})):
+        output = CompletionOutput(0, text, [7], None, None, finish_reason=done and "length")
+        yield RequestOutput("0", prompt, [1, 2], None, [output], done is not None, kv_transfer_params=done)
+
+
+async def accounts(stream: AsyncIterator[str]) -> list:
+    events = [event[event.index("{") :] async for event in stream if "{" in event]
+    return [json.loads(event).get("kv_transfer_params") for event in events]
 
 
 def typo() -> str:
@@ -79,6 +128,7 @@ def main(checkpoint: Path, name: str) -> None:
             "import_hooks": [type(f).__name__ for f in sys.meta_path if type(f).__module__.startswith("fastkv")],
             "refusal": refusal(engine),
             "refusal_of_a_response": refusal_of_a_response(engine),
+            "accounts_in_streams": accounts_in_streams(),
             "typo": typo(),
             "flags": flags(checkpoint),
             "positional": EngineArgs(str(checkpoint)).model == str(checkpoint),

@@ -85,3 +85,11 @@ def test_arguments_and_requests_are_checked_alike(patched: dict, plain: dict) ->
     assert "unexpected keyword argument 'kv_compresion'" in patched["typo"]
     assert patched["refusal"].startswith("prompt_logprobs cannot be had with token-selective propagation")
     assert patched["refusal_of_a_response"] == plain["refusal_of_a_response"] == patched["refusal"]
+
+
+def test_streams_end_with_what_was_done(patched: dict, plain: dict) -> None:
+    streams = patched["accounts_in_streams"]
+    assert streams == plain["accounts_in_streams"]
+    for *before, last in (streams[0], streams[1], streams[2][:-1]):  # messages end with an event without content
+        assert last == {"fastkv": {"method": "of p"}}
+        assert len(before) > 2 and not any(before)

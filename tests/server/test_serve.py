@@ -143,6 +143,8 @@ def test_a_request_chooses_its_method(compressing_server):
 
 def ask(server, path, stream, **choice):
     body = CHATS[path] | {"model": MODEL, "stream": stream, "temperature": 0, "vllm_xargs": choice}
+    if stream and path == "/v1/chat/completions":
+        body["stream_options"] = {"include_usage": True}
     return requests.post(server.base_url + path, json=body, timeout=120)
 
 
@@ -160,9 +162,10 @@ def test_each_api_takes_a_choice(compressing_server, path, stream):
     num, seen, kept = (after - ago for ago, after in zip(before, counted(), strict=True))
     plan = CompressionConfig(method="snapkv", retention_ratio=0.3).plan(int(seen), BLOCK_SIZE)
     assert num == 1 and 1000 < seen <= 1024 and kept == plan.num_kept
-    if not stream and path != "/v1/messages":  # Anthropic's answers have no such field
-        report = {"method": "snapkv", "prompt_tokens_seen": seen, "prompt_tokens_kept": kept}
-        assert reply.json()["kv_transfer_params"] == {"fastkv": report}
+    events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+    said = [event.get("response", event) for event in map(json.loads, events if stream else [reply.text])]
+    report = {"method": "snapkv", "prompt_tokens_seen": seen, "prompt_tokens_kept": kept}
+    assert [done for part in said if (done := part.get("kv_transfer_params"))] == [{"fastkv": report}]
 
 
 @pytest.mark.parametrize("path", CHATS)
@@ -180,6 +183,10 @@ def test_an_answer_says_what_was_done(compressing_server):
     reply = complete(compressing_server, LONG[0], extra_body=body)
     report = {"method": "snapkv", "prompt_tokens_seen": 1024, "prompt_tokens_kept": plan.num_kept}
     assert reply.kv_transfer_params == {"fastkv": report}
+    with_usage = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = complete(compressing_server, LONG[0], extra_body=body, **with_usage)
+    assert last.kv_transfer_params == {"fastkv": report} and last.usage.prompt_tokens == 1024
+    assert "".join(chunk.choices[0].text for chunk in chunks).strip() == LONG[0].answer
     assert complete(compressing_server, SHORT).kv_transfer_params == {
         "fastkv": {"method": "none", "left_alone": "short"}
     }
