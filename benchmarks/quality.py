@@ -70,6 +70,7 @@ class Contender:
         more = ", measured" if "layer_shares" in self.config else ""
         more += f" {self.codec}" if self.codec else ""
         more += f", {self.config['channel_ratio']:g} of channels" if "channel_ratio" in self.config else ""
+        more += f", {self.config['value_channel_ratio']:g} of values" if "value_channel_ratio" in self.config else ""
         more += f", recall {self.config['min_attention_recall']:g}" if "min_attention_recall" in self.config else ""
         return f"{self.method} {self.retention_ratio:.2g}{more}"
 

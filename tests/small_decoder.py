@@ -47,7 +47,7 @@ METHODS = {
     "gemfilter": ("gemfilter", SMALL | {"tsp_layer": 1}),
     "evicting": ("adakv", SMALL | {"evict_while_decoding": True}),
     "int8": ("snapkv", SMALL | {"codec": "int8"}),
-    "think": ("think", SMALL),
+    "think": ("think", SMALL | {"value_channel_ratio": 0.5}),
     "minicache": ("minicache", {"min_tokens": 64, "merge_limit": 1.0, "layer_owners": [0, 0, 2, 2]}),
     "duoattention": (
         "duoattention",

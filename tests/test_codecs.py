@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastkv_vllm.codecs import CODECS, ChannelGroups, EntryShape, SkvqCodec, best_channels
+from fastkv_vllm.codecs import CODECS, ChannelGroups, EntryShape, SkvqCodec, best_channels, best_value_channels
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
-from tests.reference.codecs import channel_parts, stored
+from tests.reference.codecs import channel_parts, stored, value_channel_parts
 
 ENTRY = EntryShape(64, torch.bfloat16)
 each_codec = pytest.mark.parametrize("name", CODECS)
@@ -21,12 +21,17 @@ def entries(num: int, head_dim: int, dtype: torch.dtype, seed: int) -> tuple[tor
 
 
 @each_codec
-@pytest.mark.parametrize(("head_dim", "channel_ratio"), [(32, 1.0), (64, 1.0), (128, 1.0), (64, 0.6), (128, 0.6)])
+@pytest.mark.parametrize(
+    ("head_dim", "channel_ratio", "value_channel_ratio"),
+    [(32, 1.0, 1.0), (64, 1.0, 1.0), (128, 1.0, 1.0), (64, 0.6, 1.0), (128, 0.6, 0.75), (64, 1.0, 0.5)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_round_trip_is_the_references(name: str, head_dim: int, channel_ratio: float, dtype: torch.dtype) -> None:
-    codec, entry = CODECS[name], EntryShape(head_dim, dtype, channel_ratio)
+def test_round_trip_is_the_references(
+    name: str, head_dim: int, channel_ratio: float, value_channel_ratio: float, dtype: torch.dtype
+) -> None:
+    codec, entry = CODECS[name], EntryShape(head_dim, dtype, channel_ratio, value_channel_ratio)
     keys, values = entries(96, head_dim, dtype, seed=head_dim)
-    keys = keys[:, : entry.key_dim]
+    keys, values = keys[:, : entry.key_dim], values[:, : entry.value_dim]
     data = codec.encode(keys, values)
     assert data.dtype == torch.uint8
     assert list(data.shape) == [96 // codec.group_size, codec.num_bytes(entry)]
@@ -52,6 +57,7 @@ def test_groups_stand_for_themselves(name: str) -> None:
 )
 def test_stored_channels_are_a_multiple_of_8(head_dim: int, channel_ratio: float, key_dim: int) -> None:
     assert EntryShape(head_dim, torch.bfloat16, channel_ratio).key_dim == key_dim
+    assert EntryShape(head_dim, torch.bfloat16, value_channel_ratio=channel_ratio).value_dim == key_dim
 
 
 def test_best_channels_are_those_of_the_largest_logits() -> None:
@@ -63,6 +69,21 @@ def test_best_channels_are_those_of_the_largest_logits() -> None:
     keys[:, 5] = queries[:, :, 9] = 0
     assert {5, 9}.isdisjoint(best_channels(queries, keys, 62).tolist())
     assert best_channels(queries * 0, keys, 3).tolist() == [0, 1, 2], "ties go to the lower channel"
+
+
+def test_best_channels_of_values_are_those_of_the_largest_outputs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    queries, entries = torch.randn(8, 3, 64, generator=generator), torch.randn(2, 50, 64, generator=generator)
+    keys, values = entries
+    parts = value_channel_parts(queries.flatten(0, 1), keys, values)
+    best = sorted(range(64), key=lambda i: -parts[i])[:40]
+    assert best_value_channels(queries, keys, values, 40).tolist() == sorted(best)
+    largest = values.norm(dim=0).topk(40).indices.tolist()
+    assert sorted(best) != sorted(largest), "they are not those of the largest values"
+    looked_at = keys[7] / 8  # one entry has the attention of all: its own largest channels are best
+    own = values[7].abs().topk(24).indices.sort().values
+    assert torch.equal(best_value_channels(looked_at.expand(8, 3, 64) * 64, keys, values, 24), own)
+    assert best_value_channels(queries, keys, values * 0, 3).tolist() == [0, 1, 2], "ties go to the lower channel"
 
 
 @pytest.mark.parametrize(

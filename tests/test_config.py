@@ -1,6 +1,7 @@
 """The configuration tree: defaults, what it refuses and how, and what it derives."""
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
@@ -54,6 +55,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "evict_while_decoding": False,
         "codec": "none",
         "channel_ratio": None,
+        "value_channel_ratio": None,
         "channel_groups": None,
         "residual_window": None,
         "encode_generated": False,
@@ -179,6 +181,7 @@ def test_minicache_drops_nothing_and_merges_values() -> None:
     for name, unfit in (
         ("codec", {"codec": "kivi4"}),
         ("channel_ratio", {"codec": "int8", "channel_ratio": 0.5}),
+        ("value_channel_ratio", {"codec": "int8", "value_channel_ratio": 0.5}),
         ("encode_generated", {"codec": "int4", "encode_generated": True}),
         ("layer_budgets", {"layer_budgets": "pyramid"}),
         ("halting_loss", {"halting_loss": 0.1}),
@@ -422,7 +425,7 @@ BAD = [
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
     *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2, skvq, exact") for value in ("int3", 4, True)],
-    ("channel_ratio", 0.6, "left out without a codec"),
+    *[(name, 0.6, "left out without a codec") for name in ("channel_ratio", "value_channel_ratio")],
     *[("channel_groups", value, "the path of a file of .* or 'none'") for value in ("", 1, [[1]], True)],
     *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
     ("residual_window", 8, "left out without a codec"),
@@ -523,8 +526,9 @@ def test_sinks_that_stay_as_they_are_have_room_in_the_plan() -> None:
     assert CompressionConfig("kivi", codec="skvq", num_sink=31).page_entries(32, ENTRY) == 221
     with pytest.raises(ValueError, match=r"num_sink must leave room in a page of 32 entries, .*; got 32"):
         CompressionConfig("kivi", codec="skvq", num_sink=32).page_entries(32, ENTRY)
-    with pytest.raises(ValueError, match="channel_ratio must be 1 with codec 'skvq', which groups all channels"):
-        CompressionConfig("kivi", codec="skvq", channel_ratio=0.6)
+    for name in ("channel_ratio", "value_channel_ratio"):
+        with pytest.raises(ValueError, match=f" {name} must be 1 with codec 'skvq', which groups all channels"):
+            CompressionConfig.from_mapping("kivi", {"codec": "skvq", name: 0.6})
 
 
 def test_channels_are_measured_unless_the_user_says_otherwise() -> None:
@@ -556,11 +560,27 @@ def test_an_entry_without_some_channels_of_its_key() -> None:
     for codec, num_entries in (("exact", 39), ("kivi2", 192), ("int8", 8192 // (44 + 68))):
         config = CompressionConfig("snapkv", codec=codec, channel_ratio=0.6)
         assert config.page_entries(32, ENTRY) == num_entries
-    for share in (0, 1.1, "0.5", True):
-        with pytest.raises(ValueError, match=r"channel_ratio must be in \(0, 1\]; got"):
-            CompressionConfig("snapkv", codec="exact", channel_ratio=share)
+    for name, share in itertools.product(("channel_ratio", "value_channel_ratio"), (0, 1.1, "0.5", True)):
+        with pytest.raises(ValueError, match=rf" {name} must be in \(0, 1\]; got"):
+            CompressionConfig.from_mapping("snapkv", {"codec": "exact", name: share})
     with pytest.raises(ValueError, match="codec 'exact': a page of 32 entries must have room for more; 32 of head"):
         CompressionConfig("snapkv", codec="exact").page_entries(32, ENTRY)
+
+
+def test_an_entry_without_some_channels_of_its_value() -> None:
+    """By hand: of 64 numbers of two bytes 40 of the key and 40 of the value are stored, 160 of 256 bytes."""
+    think = CompressionConfig("think", value_channel_ratio=0.6)
+    assert (think.channel_ratio, think.page_entries(32, ENTRY)) == (0.6, 51)
+    assert CompressionConfig("think").value_channel_ratio == 1.0
+    for codec, num_entries in (("exact", 42), ("int8", 8192 // (68 + 36)), ("kivi2", 224)):
+        config = CompressionConfig("snapkv", codec=codec, value_channel_ratio=0.5)
+        assert config.drops_channels and config.page_entries(32, ENTRY) == num_entries
+    plans = [config.plan(4096, 32, entry=ENTRY) for config in (CompressionConfig("think"), think)]
+    held = [(plan.num_moved, plan.num_stored_blocks) for plan in plans if isinstance(plan, PromptPlan)]
+    assert held == [(384, 10), (384, 8)], "ceil(384 / 39) and ceil(384 / 51) blocks"
+    rule = "codec 'kivi2': heads must store their values in a multiple of 32 channels; got 40"
+    with pytest.raises(ValueError, match=rule):
+        CompressionConfig("think", codec="kivi2", value_channel_ratio=0.6).page_entries(32, ENTRY)
 
 
 def test_a_codec_that_does_not_fit_is_refused() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, KeptPages, PagePool
 from fastkv_vllm.cache import PromptPlan
-from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec, best_channels
+from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec, best_channels, best_value_channels
 from fastkv_vllm.config import CompressionConfig
 
 
@@ -27,10 +27,10 @@ class EncodedPages:
         counts: pages that attention sees of each layer and head, once decoded, [L, H] int64.
         stored: pages that hold the bytes.
         codec: how.
-        entry: what an entry is, and what of its key is stored.
+        entry: what an entry is, and what of it is stored.
         num_exact: first entries of each head that are stored as they are.
-        channels: those of each layer's and head's keys that are stored, ascending, [L, H, Dk] int64, once they are
-            chosen; None: all.
+        key_channels, value_channels: those of each layer's and head's keys and values that are stored, ascending,
+            [L, H, Dk] and [L, H, Dv] int64, once they are chosen; None: all.
     """
 
     num_whole: int
@@ -39,7 +39,8 @@ class EncodedPages:
     codec: Codec
     entry: EntryShape
     num_exact: int
-    channels: torch.Tensor | None
+    key_channels: torch.Tensor | None
+    value_channels: torch.Tensor | None
 
     @cached_property
     def host_counts(self) -> torch.Tensor:
@@ -58,9 +59,12 @@ class EncodedPages:
         """Give each layer and head what its encoded entries need of the destination blocks, see `HeadPages.share`."""
         stored = HeadPages.share(plan.num_whole_blocks, stored_pages(plan, counts), pool, destination)
         entry = config.stored_entry(EntryShape(pool.layout.head_dim, pool.cache.dtype))
-        channels = counts.new_zeros(*counts.shape, entry.key_dim) if entry.key_dim < entry.head_dim else None
+        of_keys, of_values = (
+            counts.new_zeros(*counts.shape, size) if size < entry.head_dim else None
+            for size in (entry.key_dim, entry.value_dim)
+        )
         num_exact = plan.num_sink if codec.exact_sinks else 0
-        return cls(plan.num_whole_blocks, counts, stored, codec, entry, num_exact, channels)
+        return cls(plan.num_whole_blocks, counts, stored, codec, entry, num_exact, of_keys, of_values)
 
     def places(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and place in it of each group of a layer, head after head, [groups] int64 each."""
@@ -95,37 +99,53 @@ class EncodedPages:
         """The pool's bytes as places of groups, [pages, groups of a page, B] uint8; a view."""
         return byte_places(pool, self.codec.num_bytes(self.entry))
 
-    def choose_channels(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        """Choose which channels of a layer's keys are stored, once.
+    @property
+    def drops_channels(self) -> bool:
+        return self.key_channels is not None or self.value_channels is not None
+
+    def choose_channels(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Choose which channels of a layer's keys and values are stored, once.
 
         Args:
             layer: index of the layer.
             queries: of the voters, [W, Hq, D].
-            keys: that are to be stored, head after head, [entries, D].
+            keys, values: that are to be stored, head after head, [entries, D] each.
         """
-        assert self.channels is not None, "all are stored"
         counts = self.counts[layer]
-        groups, heads = queries.chunk(len(counts), dim=1), keys.split((counts * (len(keys) // counts.sum())).tolist())
-        for head, (group, own) in enumerate(zip(groups, heads, strict=True)):
-            self.channels[layer, head] = best_channels(group, own, self.entry.key_dim)
+        sizes = (counts * (len(keys) // counts.sum())).tolist()
+        heads = zip(queries.chunk(len(counts), dim=1), keys.split(sizes), values.split(sizes), strict=True)
+        for head, (group, of_keys, of_values) in enumerate(heads):
+            if self.key_channels is not None:
+                self.key_channels[layer, head] = best_channels(group, of_keys, self.entry.key_dim)
+            if self.value_channels is not None:
+                best = best_value_channels(group, of_keys, of_values, self.entry.value_dim)
+                self.value_channels[layer, head] = best
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """Bytes of entries, [n, D] each, of these heads, [n] int64, counted layer after layer."""
-        if self.channels is not None:
-            keys = keys.gather(1, self.channels.flatten(0, 1)[heads])
+        if self.key_channels is not None:
+            keys = keys.gather(1, self.key_channels.flatten(0, 1)[heads])
+        if self.value_channels is not None:
+            values = values.gather(1, self.value_channels.flatten(0, 1)[heads])
         return self.codec.of_heads(heads).encode(keys, values)
 
     def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """See `DecodedPages`; zeros in channels not stored."""
         heads = self.heads_of(layer, pool.layout.block_size)
         keys, values = self.codec.of_heads(heads).decode(self.grid(pool)[self.places(layer, pool)], self.entry)
-        if self.channels is not None:
-            keys = torch.zeros_like(values).scatter_(1, self.channels.flatten(0, 1)[heads], keys)
+        if self.key_channels is not None:
+            keys = self._whole(keys, self.key_channels.flatten(0, 1)[heads])
+        if self.value_channels is not None:
+            values = self._whole(values, self.value_channels.flatten(0, 1)[heads])
         if self.num_exact:
             sinks, (target, index) = self.sinks_of(layer, pool.layout.block_size), self.sink_bytes(layer, pool)
             data = target[index].unflatten(1, (self.num_exact, -1)).flatten(0, 1)
             keys[sinks], values[sinks] = ExactCodec().decode(data, replace(self.entry, channel_ratio=1.0))
         return {layer: (keys, values)}
+
+    def _whole(self, stored: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        """Keys or values [n, D] of which these channels are stored, [n, Dk or Dv] each."""
+        return stored.new_zeros(len(stored), self.entry.head_dim).scatter_(1, channels, stored)
 
     def heads_of(self, layer: int, block_size: int) -> torch.Tensor:
         """Head of each entry of a layer, head after head, [entries] int64; heads are counted layer after layer."""

@@ -113,7 +113,7 @@ def uneven_moves(
         kept: of each layer, columns that stay before the tail, head after head.
         num_seen: of each layer, columns before the tail.
         by_block: page of each block of each layer and head, [L, H, blocks]; None: its own.
-        voters: of each layer, queries of the voters, [W, Hq, D], where not all channels of the keys are stored.
+        voters: of each layer, queries of the voters, [W, Hq, D], where not all channels are stored.
     """
     plan, moves = prefill.plan, list[Move]()
 
@@ -135,8 +135,8 @@ def uneven_moves(
                 held, pool, layer, (keys, values), of_layer(held.upper[layer]) if layer in held.upper else None
             )
         elif isinstance(held, EncodedPages):
-            if held.channels is not None:
-                held.choose_channels(layer, voters[layer], keys)
+            if held.drops_channels:
+                held.choose_channels(layer, voters[layer], keys, values)
             codes = held.encode(keys, values, held.heads_of(layer, plan.block_size))
             moves.append(Overwrite(held.grid(pool), held.places(layer, pool), codes))
             if held.num_exact:  # after their codes, in whose places they lie

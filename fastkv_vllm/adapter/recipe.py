@@ -23,7 +23,7 @@ class Recipe:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What is needed of a layer: the inputs of `score`, queries to choose channels of keys by, and the guard's."""
+        """What is needed of a layer: the inputs of `score`, queries to choose channels by, and the guard's."""
         own = ("queries",) if self.config.drops_channels else ()
         guards = ("queries", "keys") if self.config.min_attention_recall is not None else ()
         return tuple(dict.fromkeys((*self.method.needs, *own, *guards)))

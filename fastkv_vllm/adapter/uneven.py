@@ -54,7 +54,7 @@ class UnevenPrompt:
     Fields, of each layer in order:
         prefills: the rows that it ran on.
         scores: of its entries before the tail, forced ones at +inf, [H or 1, n].
-        voters: queries of the voters, [W, Hq, D], where keys lose channels.
+        voters: queries of the voters, [W, Hq, D], where channels are dropped.
         densities: density added over all heads, where layers share by it.
         most: most pages by the halting rule, where there is one.
         recalls: attention recall by pages, where there is a guard.

@@ -30,7 +30,7 @@ class Votes:
     def inputs(self, prefill: PrefillRows, rows: LayerRows) -> dict[str, torch.Tensor]:
         """What the recipe needs of the layer, or nothing where the prompt goes on: what it will need is kept.
 
-        Beside the inputs of `Method.score` these are `voters`, queries not scaled, where keys lose channels.
+        Beside the inputs of `Method.score` these are `voters`, queries not scaled, where channels are dropped.
         """
         needs, ends = prefill.recipe.needs, prefill.destination is not None
         inputs = {}

@@ -2,7 +2,7 @@
 
 from fastkv_vllm.codecs.affine import AffineCodec
 from fastkv_vllm.codecs.base import Codec, EntryShape, VectorCodec
-from fastkv_vllm.codecs.channels import best_channels
+from fastkv_vllm.codecs.channels import best_channels, best_value_channels
 from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
 from fastkv_vllm.codecs.kivi import KiviCodec
@@ -40,6 +40,7 @@ __all__ = [
     "SkvqCodec",
     "VectorCodec",
     "best_channels",
+    "best_value_channels",
     "neighbours",
     "num_groups",
     "quantise_clipped",

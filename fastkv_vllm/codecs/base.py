@@ -10,17 +10,19 @@ import torch
 
 @dataclass(frozen=True)
 class EntryShape:
-    """An entry of the engine's cache: a key and a value of one KV head, and what of its key is stored.
+    """An entry of the engine's cache: a key and a value of one KV head, and what of them is stored.
 
     Fields:
         head_dim: elements of each (D).
         dtype: of an element.
         channel_ratio: share of a key's elements that a codec stores, (0, 1].
+        value_channel_ratio: share of a value's, (0, 1].
     """
 
     head_dim: int
     dtype: torch.dtype
     channel_ratio: float = 1.0
+    value_channel_ratio: float = 1.0
 
     @property
     def num_bytes(self) -> int:
@@ -29,8 +31,17 @@ class EntryShape:
 
     @property
     def key_dim(self) -> int:
-        """Elements of a key that are stored (Dk), rounded up to a multiple of 8: codes then fill bytes."""
-        wished = math.ceil(round(self.head_dim * self.channel_ratio, 6))  # 0.55 * 100 is a little more than 55
+        """Elements of a key that are stored (Dk)."""
+        return self._stored(self.channel_ratio)
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value that are stored (Dv)."""
+        return self._stored(self.value_channel_ratio)
+
+    def _stored(self, share: float) -> int:
+        """Elements of a share, rounded up to a multiple of 8: codes then fill bytes."""
+        wished = math.ceil(round(self.head_dim * share, 6))  # 0.55 * 100 is a little more than 55
         return min(-(-wished // 8) * 8, self.head_dim)
 
 
@@ -68,7 +79,7 @@ class Codec(ABC):
 
         Args:
             keys: [N, Dk], N a multiple of `group_size`.
-            values: [N, D].
+            values: [N, Dv].
 
         Returns:
             [N / group_size, B] uint8.
@@ -76,7 +87,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [g * group_size, Dk] and values [g * group_size, D] of groups [g, B] uint8, float32 each."""
+        """Keys [g * group_size, Dk] and values [g * group_size, Dv] of groups [g, B] uint8, float32 each."""
 
     def of_heads(self, heads: torch.Tensor) -> "Codec":
         """The same for entries of these KV heads, [N] int64, counted layer after layer."""
@@ -126,7 +137,7 @@ class VectorCodec(Codec):
         """Vectors of so many elements, which had this dtype, [N, B] uint8 -> [N, size] float32."""
 
     def num_bytes(self, entry: EntryShape) -> int:
-        return sum(self.vector_bytes(size, entry.dtype) for size in (entry.key_dim, entry.head_dim))
+        return sum(self.vector_bytes(size, entry.dtype) for size in (entry.key_dim, entry.value_dim))
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.encode_vectors(keys), self.encode_vectors(values)], dim=1)
@@ -134,4 +145,4 @@ class VectorCodec(Codec):
     def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
         of_keys = self.vector_bytes(entry.key_dim, entry.dtype)
         keys = self.decode_vectors(data[:, :of_keys], entry.key_dim, entry.dtype)
-        return keys, self.decode_vectors(data[:, of_keys:], entry.head_dim, entry.dtype)
+        return keys, self.decode_vectors(data[:, of_keys:], entry.value_dim, entry.dtype)

@@ -1,4 +1,4 @@
-"""exact: numbers as they are, of the key's channels that are stored."""
+"""exact: numbers as they are, of the channels that are stored."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from fastkv_vllm.codecs.base import VectorCodec
 
 @dataclass(frozen=True)
 class ExactCodec(VectorCodec):
-    """Elements in the cache's own dtype: an entry is smaller where not all channels of its key are stored.
+    """Elements in the cache's own dtype: an entry is smaller where not all channels are stored.
 
     Source: arXiv 2407.21018, section 3, which stores the channels it keeps like that.
     """

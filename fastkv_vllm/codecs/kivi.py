@@ -28,10 +28,12 @@ class KiviCodec(Codec):
     num_bits: int
 
     def num_bytes(self, entry: EntryShape) -> int:
-        if entry.head_dim % self.channels:
-            raise ValueError(f"heads must have a multiple of {self.channels} channels; got {entry.head_dim}")
+        if entry.value_dim % self.channels:
+            raise ValueError(
+                f"heads must store their values in a multiple of {self.channels} channels; got {entry.value_dim}"
+            )
         of_keys = entry.key_dim * group_bytes(self.group_size, self.num_bits)
-        groups = self.group_size * entry.head_dim // self.channels
+        groups = self.group_size * entry.value_dim // self.channels
         return of_keys + groups * group_bytes(self.channels, self.num_bits)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -43,6 +45,6 @@ class KiviCodec(Codec):
     def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
         of_keys = entry.key_dim * group_bytes(self.group_size, self.num_bits)
         by_channel = data[:, :of_keys].unflatten(1, (entry.key_dim, -1))
-        by_token = data[:, of_keys:].unflatten(1, (self.group_size, entry.head_dim // self.channels, -1))
+        by_token = data[:, of_keys:].unflatten(1, (self.group_size, entry.value_dim // self.channels, -1))
         keys = dequantise(by_channel, self.num_bits).transpose(1, 2).flatten(0, 1)
         return keys, dequantise(by_token, self.num_bits).flatten(2).flatten(0, 1)

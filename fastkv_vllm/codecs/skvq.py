@@ -69,7 +69,7 @@ class SkvqCodec(Codec):
     heads: torch.Tensor | None = field(default=None, compare=False)
 
     def num_bytes(self, entry: EntryShape) -> int:
-        return sum(_num_bytes(*part) for part in zip((entry.key_dim, entry.head_dim), LEVELS, strict=True))
+        return sum(_num_bytes(*part) for part in zip((entry.key_dim, entry.value_dim), LEVELS, strict=True))
 
     def of_heads(self, heads: torch.Tensor) -> "SkvqCodec":
         return replace(self, heads=heads)
@@ -85,7 +85,7 @@ class SkvqCodec(Codec):
         return torch.cat(parts, dim=1)
 
     def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes = entry.key_dim, entry.head_dim
+        sizes = entry.key_dim, entry.value_dim
         parts = data.split([_num_bytes(*part) for part in zip(sizes, LEVELS, strict=True)], dim=1)
         decoded = []
         for part, (of_part, size, levels) in enumerate(zip(parts, sizes, LEVELS, strict=True)):

@@ -137,19 +137,20 @@ def _complete_codec(config: "CompressionConfig", cls: type[Method]) -> None:
     check(groups is None or (isinstance(groups, str) and groups != ""), "channel_groups", rule, config)
     check(config.codec in (NO_CODEC, *CODECS), "codec", f"one of {', '.join((NO_CODEC, *CODECS))}", config)
     if config.codec == NO_CODEC:
-        for name in ("residual_window", "channel_ratio"):
+        for name in ("residual_window", "channel_ratio", "value_channel_ratio"):
             check(getattr(config, name) is None, name, "left out without a codec", config)
         return
     rule = f"{NO_CODEC!r}: {config.method} moves its entries before the prompt ends, or reads tokens again"
     check(not (cls.streams or cls.reads_again), "codec", rule, config)
     rule = f"{NO_CODEC!r}: in {config.method} rows come back into the places of entries, while it decodes"
     check(not cls.revives, "codec", rule, config)
-    fill_in(config, "channel_ratio", cls.default_channel_ratio)
-    check(is_share(config.channel_ratio), "channel_ratio", "in (0, 1]", config)
     rule = f"1 with codec {config.codec!r}, which groups all channels of a head"
     assert config.codec is not None, "filled in above"
     measured = CODECS[config.codec].artefact is not None
-    check(not measured or config.channel_ratio == 1, "channel_ratio", rule, config)
+    for name, share in (("channel_ratio", cls.default_channel_ratio), ("value_channel_ratio", 1.0)):
+        fill_in(config, name, share)
+        check(is_share(getattr(config, name)), name, "in (0, 1]", config)
+        check(not measured or getattr(config, name) == 1, name, rule, config)
     fill_in(config, "residual_window", max(config.window_size, cls.default_residual_window))
     low, value, high = config.window_size, config.residual_window, config.min_tokens
     rule = f"at least window_size = {low} and less than min_tokens = {high}"
@@ -211,6 +212,7 @@ def _check_owners(config: "CompressionConfig", cls: type[Method]) -> None:
         ("head_budgets", of_heads, " or ".join(of_heads)),
         ("codec", codecs, " or ".join(codecs)),
         ("channel_ratio", (None, 1.0), "left out"),
+        ("value_channel_ratio", (None, 1.0), "left out"),
         ("encode_generated", (False,), "false"),
         ("evict_while_decoding", (False,), "false"),
         ("halting_loss", (None,), "left out"),

@@ -72,6 +72,8 @@ class CompressionConfig:
         channel_ratio: share of the channels of its keys that a KV head stores with a codec, those with the largest part
             in the logits of the last `window_size` queries, (0, 1]; rounded up to a multiple of 8; None: the method's
             own, mostly all.
+        value_channel_ratio: the same of its values, those with the largest part in what the attention of these queries
+            gives, (0, 1]; None: all.
         channel_groups: what was measured of the channels of each head, for codecs that need it: path of the file that
             `fastkv-vllm calibrate channels` wrote, or "none": channels in their own order, nothing clipped.
         residual_window: last tokens that a codec leaves in the model's dtype; None: the method's own, the window at
@@ -126,6 +128,7 @@ class CompressionConfig:
     evict_while_decoding: bool | None = None
     codec: str | None = None
     channel_ratio: float | None = None
+    value_channel_ratio: float | None = None
     channel_groups: str | None = None
     residual_window: int | None = None
     encode_generated: bool | None = None
@@ -348,12 +351,13 @@ class CompressionConfig:
 
     @property
     def drops_channels(self) -> bool:
-        """Whether less than all of a key may be stored."""
-        return self.channel_ratio is not None and self.channel_ratio < 1
+        """Whether less than all of a key or a value may be stored."""
+        return min(self.channel_ratio or 1.0, self.value_channel_ratio or 1.0) < 1
 
     def stored_entry(self, entry: EntryShape) -> EntryShape:
-        """An entry of the engine's cache, and what of its key is stored with a codec."""
-        return dataclasses.replace(entry, channel_ratio=self.channel_ratio or 1.0)
+        """An entry of the engine's cache, and what of it is stored with a codec."""
+        of_keys, of_values = self.channel_ratio or 1.0, self.value_channel_ratio or 1.0
+        return dataclasses.replace(entry, channel_ratio=of_keys, value_channel_ratio=of_values)
 
     def page_entries(self, block_size: int, entry: EntryShape) -> int | None:
         """Encoded entries that a page has room for; None: entries are stored as they are.

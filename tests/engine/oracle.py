@@ -1,7 +1,7 @@
 """What an engine must give: generations of the reference model, each computed once per session."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -72,7 +72,8 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         stream_period=None if plan.streaming is None else plan.streaming.period * BLOCK_SIZE,
         codec=None if config.codec == "none" else config.codec,
         encoded_to=None if config.codec == "none" else plan.num_whole_blocks * BLOCK_SIZE,
-        num_channels=8 * ceil(config.channel_ratio * ENTRY.head_dim / 8) if config.drops_channels else None,
+        num_channels=_stored_channels(config.channel_ratio),
+        num_value_channels=_stored_channels(config.value_channel_ratio),
         num_exact=config.num_sink if config.codec == "skvq" else 0,
         channel_groups=config.channel_groups if config.codec == "skvq" and config.channel_groups != "none" else None,
         encode_after=BLOCK_SIZE if plan.encodes else None,
@@ -82,6 +83,11 @@ def drop_of(config: CompressionConfig | None, num_tokens: int, num_after_image: 
         if plan.pair_entries is None
         else (config.merge_t, config.merge_gamma, config.merge_layers == "values"),
     )
+
+
+def _stored_channels(share: float | None) -> int | None:
+    """Channels that a codec stores of a share of them; None: all."""
+    return None if share in (None, 1) else 8 * ceil(share * ENTRY.head_dim / 8)
 
 
 def kept_entries(plan: PromptPlan, generation: Generation) -> int:
@@ -197,7 +203,7 @@ def _generate(
     losses_by_count = tests.reference.budgets.losses_by_count
     recalls_by_pages = tests.reference.budgets.recalls_by_pages
     relative_variance = tests.reference.selection.relative_variance
-    channel_parts = tests.reference.codecs.channel_parts
+    codecs = tests.reference.codecs
     retained = tests.reference.merging.retained
     by_density, hand_out = tests.reference.budgets.by_density, tests.reference.budgets.hand_out
     wishes: list[list[float]] = []  # of layers by density
@@ -254,11 +260,14 @@ def _generate(
             gaps.append((min(given) - max(refused)) / 100 if given and refused else 1.0)
         return pages
 
-    def part_and_measure(*args: Any) -> list[float]:
-        parts = channel_parts(*args)
-        last, first_out = sorted(parts, reverse=True)[drop.num_channels - 1 : drop.num_channels + 1]
-        gaps.append((last - first_out) / last)
-        return parts
+    def measuring(parts_of: Callable[..., list[float]], num_stored: str) -> Callable[..., list[float]]:
+        def part_and_measure(*args: Any) -> list[float]:
+            parts, count = parts_of(*args), getattr(drop, num_stored)
+            last, first_out = sorted(parts, reverse=True)[count - 1 : count + 1]
+            gaps.append((last - first_out) / last)
+            return parts
+
+        return part_and_measure
 
     def retain_and_measure(distances: dict[int, list[float]], gamma: float, most: int) -> set[int]:
         farthest = sorted((max(of) for of in zip(*distances.values(), strict=True)), reverse=True)
@@ -275,7 +284,8 @@ def _generate(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tests.reference.selection, "relative_variance", vary_and_measure)
-        patch.setattr(tests.reference.codecs, "channel_parts", part_and_measure)
+        for name, count in (("channel_parts", "num_channels"), ("value_channel_parts", "num_value_channels")):
+            patch.setattr(codecs, name, measuring(getattr(codecs, name), count))
         patch.setattr(tests.reference.merging, "retained", retain_and_measure)
         patch.setattr(tests.reference.budgets, "by_density", wish_and_remember)
         patch.setattr(tests.reference.budgets, "hand_out", hand_out_and_measure)

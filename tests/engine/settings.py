@@ -75,8 +75,12 @@ ENCODED = {
     ),
     "dbudgetkv-int4": ("dbudgetkv", HALTING | {"codec": "int4"}),
     "think": ("think", SMALL),
+    "think-values": ("think", SMALL | {"value_channel_ratio": 0.6}),
     "h2o-kivi4-channels": ("h2o", SMALL | {"codec": "kivi4", "channel_ratio": 0.5}),
-    "fastkv-adaptive-exact": ("fastkv", TSP | {"head_budgets": "adaptive", "codec": "exact", "channel_ratio": 0.4}),
+    "fastkv-adaptive-exact": (
+        "fastkv",
+        TSP | {"head_budgets": "adaptive", "codec": "exact", "value_channel_ratio": 0.4},
+    ),
     "fastkv-adaptive-skvq": (
         "fastkv",
         TSP | {"head_budgets": "adaptive", "codec": "skvq", "num_sink": 5, "channel_groups": CHANNELS},
@@ -90,7 +94,14 @@ ENCODING = {
     "skvq": ("kivi", KIVI | {"codec": "skvq", "num_sink": 5, "channel_groups": CHANNELS}),
     "fastkv-int8": (
         "fastkv",
-        TSP | {"codec": "int8", "channel_ratio": 0.7, "residual_window": 100, "encode_generated": True},
+        TSP
+        | {
+            "codec": "int8",
+            "channel_ratio": 0.7,
+            "value_channel_ratio": 0.5,
+            "residual_window": 100,
+            "encode_generated": True,
+        },
     ),
 }
 # Layers 3, 5 and 7 of 8 read the entries of others, on their own side of the TSP layer.
@@ -155,5 +166,6 @@ REQUESTS = {
     "minicache-keys": MERGED["minicache-keys"],
     "minicache-int4": MERGED["minicache-int4"],
     **GUARDED,
+    "think-values": ENCODED["think-values"],
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

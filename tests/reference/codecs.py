@@ -1,6 +1,7 @@
 """What is left of keys and values that a codec stores: numbers rounded one by one, nothing packed."""
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,18 @@ def channel_parts(queries: Tensor, keys: Tensor) -> list[float]:
     Source: ThinK, arXiv 2407.21018, section 3.
     """
     return [float(torch.outer(q, k).norm()) for q, k in zip(queries.T, keys.T, strict=True)]
+
+
+def value_channel_parts(queries: Tensor, keys: Tensor, values: Tensor) -> list[float]:
+    """How much each channel of the values [N, D] adds to what attention gives to queries [n, D]: norm of that alone.
+
+    Source: ThinK, arXiv 2407.21018, appendix D.
+    """
+    outputs = []
+    for query in queries:
+        logits = (keys * query).sum(dim=1) / math.sqrt(len(query))
+        outputs.append((logits.softmax(dim=0).unsqueeze(1) * values).sum(dim=0))
+    return [float(channel.norm()) for channel in torch.stack(outputs).T]
 
 
 def rounded(rows: Tensor, width: int, num_bits: int) -> Tensor:

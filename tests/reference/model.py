@@ -62,7 +62,7 @@ class _Layer:
     queries: of the last tokens, those that may vote, [Hq, at most window_size, D].
     votes: of all queries for each entry, of each head [N]; empty where they do not vote.
     num_stored: of each head, the first entries, which its codec has stored.
-    channels: of each head, of its keys those that are stored.
+    channels: of each head, of its keys and of its values those that are stored.
     groups: of each head, what was measured of its channels.
     """
 
@@ -72,7 +72,7 @@ class _Layer:
     queries: Tensor
     votes: list[Tensor]
     num_stored: list[int] = field(default_factory=list)
-    channels: list[list[int]] = field(default_factory=list)
+    channels: list[tuple[list[int], list[int]]] = field(default_factory=list)
     groups: Sequence[Groups | None] = ()
 
 
@@ -424,28 +424,36 @@ def _take(cache: Sequence[Tensor], positions: Tensor, stay: Sequence[Tensor]) ->
     return [head[torch.searchsorted(positions, chosen)] for head, chosen in zip(cache, stay, strict=True)]
 
 
-def _channels(layer: _Layer, voters: Tensor, counts: Sequence[int], drop: Drop) -> list[list[int]]:
-    """Channels of its keys that each head stores, chosen by the first so many of them."""
-    if drop.num_channels is None:
-        return [list(range(voters.shape[-1]))] * len(counts)
+def _channels(layer: _Layer, voters: Tensor, counts: Sequence[int], drop: Drop) -> list[tuple[list[int], list[int]]]:
+    """Channels of its keys and of its values that each head stores, chosen by its first so many entries."""
     chosen = []
-    for group, keys, count in zip(voters.chunk(len(counts)), layer.keys, counts, strict=True):
-        parts = tests.reference.codecs.channel_parts(group.flatten(0, 1), keys[:count])
-        best = sorted(range(len(parts)), key=lambda i: -parts[i])[: drop.num_channels]
-        chosen.append(sorted(best))
+    for head, (group, count) in enumerate(zip(voters.chunk(len(counts)), counts, strict=True)):
+        queries, keys, values = group.flatten(0, 1), layer.keys[head][:count], layer.values[head][:count]
+        of_keys = of_values = list(range(voters.shape[-1]))
+        if drop.num_channels is not None:
+            of_keys = _largest(tests.reference.codecs.channel_parts(queries, keys), drop.num_channels)
+        if drop.num_value_channels is not None:
+            parts = tests.reference.codecs.value_channel_parts(queries, keys, values)
+            of_values = _largest(parts, drop.num_value_channels)
+        chosen.append((of_keys, of_values))
     return chosen
+
+
+def _largest(parts: Sequence[float], count: int) -> list[int]:
+    """Places of so many of the largest, ascending."""
+    return sorted(sorted(range(len(parts)), key=lambda i: -parts[i])[:count])
 
 
 def _store(layer: _Layer, counts: Sequence[int], drop: Drop) -> None:
     """Put into each head's cache what its codec gives back of so many more entries."""
     for head, count in enumerate(counts):
         more = slice(layer.num_stored[head], layer.num_stored[head] + count)
-        keys = torch.zeros_like(layer.keys[head][more])
         own = layer.channels[head]
-        entries = layer.keys[head][more][:, own], layer.values[head][more]
+        entries = layer.keys[head][more][:, own[0]], layer.values[head][more][:, own[1]]
         parts = tests.reference.codecs.stored(drop.codec, *entries, layer.groups[head])
-        keys[:, own], layer.values[head][more] = parts
-        layer.keys[head][more] = keys
+        for cache, channels, part in zip((layer.keys, layer.values), own, parts, strict=True):
+            cache[head][more] = 0
+            cache[head][more, channels] = part
         layer.num_stored[head] = more.stop
 
 

@@ -50,7 +50,8 @@ class Drop:
     stream_period: where heads let go of entries while a prompt is read, the tokens between two times; see `streaming`.
     codec: how the entries that stay are stored, but for those from encoded_to on; None: as they are.
     encoded_to: prompt position; set with a codec.
-    num_channels: of its keys, that a head's codec stores: those that matter most to the voters; None: all.
+    num_channels, num_value_channels: of its keys and values, that a head's codec stores: those that matter most to the
+        voters; None: all.
     num_exact: first entries of each head that its codec leaves as they are.
     channel_groups: file with what was measured of the channels of each head, where the codec needs it; None: nothing.
     encode_after, residual: where set, as many more entries are stored whenever the text but for its last `residual`
@@ -90,6 +91,7 @@ class Drop:
     codec: str | None = None
     encoded_to: int | None = None
     num_channels: int | None = None
+    num_value_channels: int | None = None
     num_exact: int = 0
     channel_groups: str | None = None
     encode_after: int | None = None
