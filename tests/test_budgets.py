@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastkv_vllm.adapter.encoded import stored_pages
 from fastkv_vllm.adapter.pages import ProbedLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, TableCache, blocks_for
+from fastkv_vllm.adapter.ragged import HeadPages, HeadRows, PagePool, ReadBuffers, blocks_for
 from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.page_tables import page_tables
@@ -204,10 +204,10 @@ def test_the_op_writes_the_tables_the_engine_reads(pool: PagePool) -> None:
     for request, (num_whole, num_tokens) in enumerate([(20, 640), (5, 161), (7, 9 * BLOCK_SIZE + 1)]):
         counts = torch.randint(1, 4, (NUM_LAYERS, NUM_HEADS), generator=generator)
         held = HeadPages.share(num_whole, counts, pool, [4, 9, 2])
-        blocks = block_tables[request, num_whole : -(-num_tokens // BLOCK_SIZE)].to(torch.int64)
-        rows.append(HeadRows(request, 1, num_tokens, blocks, held))
-    expected = TableCache().tables(rows, pool)
-    lengths = HeadReads(rows, pool, expected).seq_lens
+        num_blocks = -(-num_tokens // BLOCK_SIZE) - num_whole
+        rows.append(HeadRows(request, 1, num_tokens, num_blocks, block_tables[request], held))
+    reads = ReadBuffers(pool).write(rows, 3)
+    expected, lengths = reads.tables, reads.seq_lens
     found = torch.zeros(NUM_LAYERS, 3 * NUM_HEADS, 24, dtype=torch.int32), torch.zeros_like(lengths)
     held_pages = [r.held.pages[torch.arange(r.held.pages.shape[2]) < r.held.counts.unsqueeze(-1)] for r in rows]
     page_tables(
@@ -221,3 +221,48 @@ def test_the_op_writes_the_tables_the_engine_reads(pool: PagePool) -> None:
         out=found,
     )
     assert torch.equal(found[0][..., : expected.shape[2]], expected) and torch.equal(found[1], lengths)
+
+
+@pytest.mark.parametrize("room", [(), (4, 30)], ids=["growing", "large enough"])
+def test_buffers_go_on_as_requests_come_and_go(pool: PagePool, room: tuple[int, ...]) -> None:
+    """What stands in them after any history is what new ones hold, at the same addresses while they are large enough.
+
+    Requests behind all others, that have no rows, are empty.
+    """
+    generator = torch.Generator().manual_seed(5)
+    requests = []  # what each holds, its block table, tokens so far
+    for num_whole in (20, 5, 7, 0):
+        counts = torch.randint(1, 4, (NUM_LAYERS, NUM_HEADS), generator=generator)
+        held = HeadPages.share(num_whole, counts, pool, [4, 9, 2])
+        table = torch.randint(1, 10, (30,), generator=generator, dtype=torch.int32)
+        requests.append((held, table, num_whole * BLOCK_SIZE + 1))
+    batches = [[0, 1, 2, 3]] + [[0, 1]] * 3 + [[0, 1, 2]] * BLOCK_SIZE + [[0, 3, 2], [2], [1, 2, 3]]
+    buffers, addresses = ReadBuffers(pool, *room), set()
+    for step, batch in enumerate(batches):
+        rows = []
+        for place, (held, table, num_tokens) in enumerate(requests[number] for number in batch):
+            num_tokens += step
+            num_blocks = -(-num_tokens // BLOCK_SIZE) - held.num_whole
+            rows.append(HeadRows(place, 1, num_tokens, num_blocks, table, held))
+        found, expected = buffers.write(rows, 4), ReadBuffers(pool).write(rows, len(rows))
+        num_sequences, width = len(rows) * NUM_HEADS, expected.tables.shape[2]
+        lengths = expected.seq_lens
+        read = torch.arange(width) < -(-lengths.unsqueeze(-1) // BLOCK_SIZE)
+        assert torch.equal(found.tables[:, :num_sequences, :width][read], expected.tables[read])
+        assert torch.equal(found.seq_lens[:, :num_sequences], lengths) and not found.seq_lens[:, num_sequences:].any()
+        starts = [*range(num_sequences + 1), *[num_sequences] * (4 * NUM_HEADS - num_sequences)]
+        assert found.query_start.tolist() == found.host_query_start.tolist() == starts
+        assert torch.equal(found.host_seq_lens, found.seq_lens)
+        of_layers = [tuple(of_layer) for of_layer in lengths.tolist()]
+        assert all(of_layers[layer] == of_layers[first] for layer, first in enumerate(found.like))
+        addresses.add((found.tables.data_ptr(), found.seq_lens.data_ptr(), found.query_start.data_ptr()))
+    assert (len(addresses) == 1) == bool(room)
+
+
+def test_buffers_that_graphs_read_do_not_move(pool: PagePool) -> None:
+    held = HeadPages.share(3, torch.full((NUM_LAYERS, NUM_HEADS), 1), pool, [4])
+    rows = [HeadRows(0, 1, 4 * BLOCK_SIZE, 1, torch.ones(9, dtype=torch.int32), held)]
+    buffers = ReadBuffers(pool, 2, 9, stays=True)
+    buffers.write(rows, 2)
+    with pytest.raises(RuntimeError, match="captured for 2 requests of at most 9 pages a head and a step has 3 of 2"):
+        buffers.write(rows, 3)

@@ -37,7 +37,7 @@ from fastkv_vllm.adapter.encoded import EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, TableCache, rows_of
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, ReadBuffers, rows_of
 from fastkv_vllm.adapter.revival import RevivalStep
 
 _layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step
@@ -52,7 +52,6 @@ class CompressionMetadata:
     """
 
     plain: Any
-    num_tokens: int
     max_query_len: int
     prefills: tuple[PrefillRows, ...] = ()
     decodes: tuple[DecodeRows, ...] = ()
@@ -75,10 +74,7 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
     batch: Batch | None = None
     compressor: Compressor | None = None
     view: CommonAttentionMetadata | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._tables = TableCache()
+    _buffers: ReadBuffers | None = None
 
     @abstractmethod
     def page_layout(self, dtype: torch.dtype) -> PageLayout:
@@ -116,9 +112,7 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
             decodes: compressed requests whose entries are rated.
             held: number of a request in `view` -> its pages.
         """
-        metadata = CompressionMetadata(
-            None, view.num_actual_tokens, view.max_query_len, prefills, decodes, self.compressor
-        )
+        metadata = CompressionMetadata(None, view.max_query_len, prefills, decodes, self.compressor)
         if not held:
             return replace(metadata, plain=super().build(0, view))
         starts = view.query_start_loc_cpu.tolist()
@@ -134,8 +128,8 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
         assert self.compressor is not None, "set up with the cache"
         pool, reads = self.compressor.pool, []
         if as_they_are := {number: pages for number, pages in held.items() if isinstance(pages, HeadPages)}:
-            rows = rows_of(as_they_are, view, self.block_size)
-            reads.append(HeadReads(rows, pool, self._tables.tables(rows, pool)))
+            self._buffers = self._buffers or ReadBuffers(pool)
+            reads.append(self._buffers.write(rows_of(as_they_are, view, self.block_size), len(as_they_are)))
         if encoded := {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}:
             reads.append(EncodedReads(rows_of(encoded, view, self.block_size), pool))
         for part in reads:
@@ -144,13 +138,15 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
 
     def _of_sequences(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[Any]:
         """vLLM's metadata of the sequences of each layer."""
-        metadata = []
-        built: dict[tuple[int, ...], Any] = {}
-        for table, lengths, key in zip(reads.tables, reads.seq_lens, map(tuple, reads.seq_lens.tolist()), strict=True):
-            if key not in built:  # layers of equal lengths share one
-                sequences = take_sequences(view, table, lengths, reads.query_start, max(r.count for r in reads.rows))
-                built[key] = super(CompressionMetadataBuilder, self._of_heads).build(0, sequences)
-            metadata.append(replace(built[key], block_table=table))
+        sequences, metadata = take_sequences(view, reads), []
+        for layer, (table, lengths) in enumerate(zip(reads.tables, reads.seq_lens, strict=True)):
+            if reads.like[layer] == layer:
+                sequences.block_table_tensor, sequences.seq_lens = table, lengths
+                sequences.seq_lens_cpu_upper_bound = reads.host_seq_lens[layer]
+                metadata.append(super(CompressionMetadataBuilder, self._of_heads).build(0, sequences))
+            else:
+                metadata.append(copy.copy(metadata[reads.like[layer]]))
+                metadata[-1].block_table, metadata[-1].seq_lens = table, lengths
         return metadata
 
 
@@ -235,9 +231,8 @@ class CompressionAttentionImpl(AttentionImpl):
         layer_index, shape = _layer_index(layer.layer_name), (self.num_queries_per_kv, self.head_size)
         if metadata.plain is None and metadata.max_query_len == 1 and len(metadata.reads) == 1:
             (reads,) = metadata.reads  # queries stand sequence by sequence
-            ours = query[: metadata.num_tokens].reshape(-1, *shape)
-            part = output[: metadata.num_tokens].view(-1, *shape)
-            of_heads(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
+            of_sequences = reads.cache(layer_index), reads.metadata[layer_index]
+            of_heads(layer, query.reshape(-1, *shape), key, value, *of_sequences, output.view(-1, *shape))
             return
         for reads in metadata.reads:
             rows, heads = reads.queries

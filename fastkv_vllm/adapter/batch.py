@@ -9,7 +9,7 @@ import torch
 
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads
 from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.adapter.revival import RevivalStep
 from fastkv_vllm.cache import PromptPlan
@@ -189,22 +189,15 @@ def take_requests(common: Any, requests: Sequence[int], counts: Sequence[int]) -
     return part
 
 
-def take_sequences(
-    common: Any, table: torch.Tensor, seq_lens: torch.Tensor, query_start: torch.Tensor, max_query_len: int
-) -> Any:
-    """Metadata of sequences that are one (request, KV head) each, whose queries stand in their order.
+def take_sequences(common: Any, reads: HeadReads) -> Any:
+    """Metadata of sequences that are one (request, KV head) each; tables and lengths of a layer are to be filled in.
 
     Args:
         common: vLLM's CommonAttentionMetadata of the batch; not changed.
-        table: pages of each, [S, width] int32.
-        seq_lens: entries of each, [S] int32, on the host.
-        query_start: first query of each and their number, [S + 1] int32, on the host.
-        max_query_len: most queries of one.
+        reads: of its requests, or of some.
     """
-    part, device = copy.copy(common), common.seq_lens.device
-    part.block_table_tensor = table
-    part.seq_lens, part.seq_lens_cpu_upper_bound = seq_lens.to(device), seq_lens
-    part.query_start_loc, part.query_start_loc_cpu = query_start.to(device), query_start
-    part.num_reqs, part.num_actual_tokens = len(seq_lens), int(query_start[-1])
-    part.max_query_len, part.max_seq_len = max_query_len, int(part.seq_lens_cpu_upper_bound.max())
+    part = copy.copy(common)
+    part.query_start_loc, part.query_start_loc_cpu = reads.query_start, reads.host_query_start
+    part.num_reqs, part.num_actual_tokens = len(reads.host_query_start) - 1, int(reads.host_query_start[-1])
+    part.max_query_len, part.max_seq_len = max(r.count for r in reads.rows), int(reads.host_seq_lens.max())
     return part

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, KeptPages, PagePool
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, KeptPages, PagePool, layers_alike, query_starts
 from fastkv_vllm.cache import PromptPlan
 from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec, best_channels, best_value_channels
 from fastkv_vllm.config import CompressionConfig
@@ -210,7 +210,7 @@ class EncodedReads(HeadReads):
         self._held = [r.held for r in rows]
         self._decoded: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in rows]  # and not read yet
         counts = torch.cat([held.counts for held in self._held], dim=1)  # [L, S]
-        later = torch.tensor([len(r.blocks) for r in rows]).repeat_interleave(pool.num_heads)  # [S]
+        later = torch.tensor([r.num_blocks for r in rows]).repeat_interleave(pool.num_heads)  # [S]
         first = counts.cumsum(1) - counts
         self._num_decoded = counts.sum(dim=1)
         first_later = self._num_decoded.unsqueeze(1) + later.cumsum(0) - later
@@ -218,7 +218,11 @@ class EncodedReads(HeadReads):
         is_decoded, number = place < counts.unsqueeze(-1), place - counts.unsqueeze(-1)
         tables = torch.where(is_decoded, first.unsqueeze(-1) + place, first_later.unsqueeze(-1) + number)
         tables.masked_fill_(number >= later.unsqueeze(-1), 0)
-        super().__init__(rows, pool, tables.to(torch.int32))
+        size, device = pool.layout.block_size, tables.device
+        more = torch.stack([(r.held.host_counts - r.held.num_whole) * size + r.num_tokens for r in rows], dim=1)
+        lengths, starts = more.flatten(1).to(torch.int32), query_starts([r.count for r in rows], pool.num_heads)
+        on_device = tables.to(torch.int32), lengths.to(device), starts.to(device)
+        super().__init__(rows, pool, *on_device, lengths, starts, layers_alike(lengths))
 
     def cache(self, layer: int) -> torch.Tensor:
         pool, size = self.pool, self.pool.layout.block_size

@@ -214,15 +214,23 @@ class HeadRows(Generic[P]):
     Fields:
         first, count: its rows.
         num_tokens: tokens it has in all after the step.
-        blocks: its block table from the prompt's last, partial block on, [B] int64.
+        num_blocks: blocks of them from the prompt's last, partial one on.
+        block_table: its own, [max_blocks] int32.
         held: its kept pages.
     """
 
     first: int
     count: int
     num_tokens: int
-    blocks: torch.Tensor
+    num_blocks: int
+    block_table: torch.Tensor
     held: P
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """Blocks from the prompt's last, partial one on, [num_blocks] int64."""
+        whole = self.held.num_whole
+        return self.block_table[whole : whole + self.num_blocks].to(torch.int64)
 
 
 @dataclass
@@ -232,32 +240,27 @@ class HeadReads:
     Fields:
         rows: the requests' rows in order.
         pool: of the engine.
-        tables: page tables, [L, requests * H, width] int32.
+        tables: page tables, [L, S, width] int32; sequences behind those of all rows are empty.
+        seq_lens: entries of each sequence, [L, S] int32.
+        query_start: first query of each sequence and their number, [S + 1] int32.
+        host_seq_lens, host_query_start: the same on the host: known there without waiting for a GPU.
+        like: of each layer the first one with the same lengths.
         metadata: per layer, the engine's metadata of these sequences.
     """
 
     rows: Sequence[HeadRows[KeptPages]]
     pool: PagePool
     tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start: torch.Tensor
+    host_seq_lens: torch.Tensor
+    host_query_start: torch.Tensor
+    like: Sequence[int]
     metadata: list[Any] = field(default_factory=list)
 
     def cache(self, layer: int) -> torch.Tensor:
         """Pages that the layer's table names, [num_pages, 1, block_size, 2 * D]."""
         return self.pool.cache
-
-    @cached_property
-    def seq_lens(self) -> torch.Tensor:
-        """Entries of each sequence, [L, requests * H] int32, on the host: known there without waiting for a GPU."""
-        size = self.pool.layout.block_size
-        counts = torch.stack([r.held.host_counts for r in self.rows], dim=1)  # [L, requests, H]
-        since = torch.tensor([r.num_tokens - r.held.num_whole * size for r in self.rows], device="cpu")
-        return (counts * size + since.unsqueeze(1)).flatten(1).to(torch.int32)
-
-    @cached_property
-    def query_start(self) -> torch.Tensor:
-        """First query of each sequence and their number, [requests * H + 1] int32, on the host."""
-        counts = torch.tensor([r.count for r in self.rows], device="cpu").repeat_interleave(self.pool.num_heads)
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
     @cached_property
     def queries(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,7 +279,7 @@ class HeadReads:
             number: of the request in `rows`.
         """
         layout, num_heads = self.pool.layout, self.pool.num_heads
-        num_entries = int(self.seq_lens[layer, number * num_heads])
+        num_entries = int(self.host_seq_lens[layer, number * num_heads])
         width = -(-num_entries // layout.block_size)
         pages = self.tables[layer, number * num_heads : (number + 1) * num_heads, :width].flatten().to(torch.int64)
         read = [
@@ -287,21 +290,92 @@ class HeadReads:
         return keys, values
 
 
-class TableCache:
-    """Tables of the last step, used again until a request starts a new block."""
+class ReadBuffers:
+    """Tables and lengths of such sequences, in tensors that stay as long as they are large enough.
 
-    def __init__(self) -> None:
-        self._rows: Sequence[HeadRows[HeadPages]] = ()
-        self._tables = torch.empty(0)
+    What a request holds is written once and again where it begins a block; from step to step lengths alone go on. What
+    is handed out is valid until the next rows are written.
 
-    def tables(self, rows: Sequence[HeadRows[HeadPages]], pool: PagePool) -> torch.Tensor:
-        """Page tables of all sequences, [L, requests * H, width] int32."""
-        if [(id(r.held), len(r.blocks)) for r in rows] != [(id(r.held), len(r.blocks)) for r in self._rows]:
-            parts = [r.held.table(pool, r.blocks) for r in rows]
-            width = max(part.shape[2] for part in parts)
-            padded = [torch.nn.functional.pad(part, (0, width - part.shape[2])) for part in parts]
-            self._rows, self._tables = rows, torch.cat(padded, dim=1).to(torch.int32)
-        return self._tables
+    Args:
+        pool: of the engine.
+        num_reqs, width: requests, and pages of a sequence, that it has room for at first.
+        stays: for good: captured graphs read there.
+    """
+
+    def __init__(self, pool: PagePool, num_reqs: int = 1, width: int = 1, stays: bool = False) -> None:
+        self._pool = pool
+        self._stays = stays
+        self._make(num_reqs, width)
+
+    def _make(self, num_reqs: int, width: int) -> None:
+        shape = (len(self._pool.first), num_reqs, self._pool.num_heads)
+        self._tables = torch.zeros(*shape, width, dtype=torch.int32)
+        self._seq_lens = torch.zeros(shape, dtype=torch.int32)
+        self._query_start = torch.zeros(num_reqs * self._pool.num_heads + 1, dtype=torch.int32)
+        self._host_seq_lens = torch.zeros(shape, dtype=torch.int32, device="cpu")
+        self._more = torch.zeros(shape, dtype=torch.int32, device="cpu")  # entries that are held, less the tokens read
+        self._written: list[tuple[HeadPages, int]] = []
+        self._like: list[int] = []
+        self._counts: list[int] = []
+        self._host_query_start = torch.zeros(1, dtype=torch.int32, device="cpu")
+
+    def write(self, rows: Sequence[HeadRows[HeadPages]], num_reqs: int) -> HeadReads:
+        """What attention reads of these rows, and of requests behind them, up to `num_reqs`, that have none.
+
+        Raises:
+            RuntimeError: they need more room than tensors have that stay.
+        """
+        width = max(r.held.pages.shape[2] + r.num_blocks for r in rows)
+        _, most_reqs, _, most_pages = self._tables.shape
+        if num_reqs > most_reqs or width > most_pages:
+            if self._stays:
+                raise RuntimeError(
+                    f"decode graphs were captured for {most_reqs} requests of at most {most_pages} pages a head and a "
+                    f"step has {num_reqs} of {width}"
+                )
+            self._make(max(num_reqs, 2 * most_reqs), max(width, 2 * most_pages))
+        before, self._written = self._written, [(r.held, r.num_blocks) for r in rows]
+        for place, row in enumerate(rows):
+            held, num_blocks = before[place] if place < len(before) else (None, 0)
+            if held is not row.held or num_blocks != row.num_blocks:
+                table = row.held.table(self._pool, row.blocks)
+                self._tables[:, place, :, : table.shape[2]] = table
+            if held is not row.held:
+                size = self._pool.layout.block_size
+                self._more[:, place] = (row.held.host_counts - row.held.num_whole) * size
+                self._like = []
+        tokens = torch.tensor([[r.num_tokens] for r in rows], dtype=torch.int32, device="cpu")
+        host_seq_lens, seq_lens = self._host_seq_lens[:, :num_reqs], self._seq_lens[:, :num_reqs]
+        torch.add(self._more[:, : len(rows)], tokens, out=host_seq_lens[:, : len(rows)])
+        host_seq_lens[:, len(rows) :] = 0
+        seq_lens.copy_(host_seq_lens)
+        self._like = self._like or layers_alike(self._more[:, : len(rows)].flatten(1))
+        counts = [r.count for r in rows] + [0] * (num_reqs - len(rows))
+        if counts != self._counts:
+            self._counts, self._host_query_start = counts, query_starts(counts, self._pool.num_heads)
+            self._query_start[: len(self._host_query_start)].copy_(self._host_query_start)
+        return HeadReads(
+            rows,
+            self._pool,
+            self._tables[:, :num_reqs].flatten(1, 2),
+            seq_lens.flatten(1),
+            self._query_start[: len(self._host_query_start)],
+            host_seq_lens.flatten(1),
+            self._host_query_start,
+            self._like,
+        )
+
+
+def query_starts(counts: Sequence[int], num_heads: int) -> torch.Tensor:
+    """First query of each sequence and their number, [requests * H + 1] int32, on the host; `counts`: of requests."""
+    of_sequences = torch.tensor(counts, device="cpu").repeat_interleave(num_heads)
+    return torch.nn.functional.pad(of_sequences.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def layers_alike(lengths: torch.Tensor) -> list[int]:
+    """Of each layer the first one with the same lengths, [L, S] on the host."""
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(of_layer), layer) for layer, of_layer in enumerate(lengths.tolist())]
 
 
 def rows_of(held: Mapping[int, P], view: Any, block_size: int) -> list[HeadRows[P]]:
@@ -309,8 +383,8 @@ def rows_of(held: Mapping[int, P], view: Any, block_size: int) -> list[HeadRows[
     starts, lengths = view.query_start_loc_cpu.tolist(), view.seq_lens_cpu_upper_bound.tolist()
     found = []
     for number, pages in held.items():
-        last = -(-lengths[number] // block_size)
-        blocks = view.block_table_tensor[number, pages.num_whole : last].to(torch.int64)
-        count = starts[number + 1] - starts[number]
-        found.append(HeadRows(starts[number], count, lengths[number], blocks, pages))
+        first, num_tokens = starts[number], lengths[number]
+        num_blocks = -(-num_tokens // block_size) - pages.num_whole
+        table = view.block_table_tensor[number]
+        found.append(HeadRows(first, starts[number + 1] - first, num_tokens, num_blocks, table, pages))
     return found
