@@ -21,6 +21,7 @@ from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.device import made_on
 from fastkv_vllm.adapter.eviction import Evictor
 from fastkv_vllm.adapter.pages import RowLayout
+from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
@@ -115,7 +116,8 @@ class PlainAttention(AttentionImpl):
         return output
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
-        RowLayout(BLOCK_SIZE, HEAD_DIM).write(kv_cache, key, value, slot_mapping)
+        slots = slot_mapping.clamp(min=0)  # padding goes to the null block
+        RowLayout(BLOCK_SIZE, HEAD_DIM).write(kv_cache, key, value, slots)
 
 
 class Attention(CompressionAttentionImpl, PlainAttention): ...
@@ -209,14 +211,81 @@ class Decoder:
                 if each is not None:
                     detours.enter_context(each.detour())
             detours.enter_context(made_on(self.device))
-            positions = self.place(positions)
-            hidden, residual = self.embedding[positions % len(self.embedding)], None
-            for layer in self.layers:
-                hidden, residual = layer.forward(positions, hidden, residual)
+            hidden = self.forward(self.place(positions))
             hidden = hidden if cut is None else cut.scatter(hidden, sum(counts))
             self.compressor.finish(batch.prefills)
         self.compressor.end_step()
         return hidden
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """All layers, on the batch that the context tells of."""
+        hidden, residual = self.embedding[positions % len(self.embedding)], None
+        for layer in self.layers:
+            hidden, residual = layer.forward(positions, hidden, residual)
+        return hidden
+
+
+class DecodeGraph:
+    """Steps of up to `num_reqs` requests that decode a token each, as a captured graph runs them.
+
+    A replay makes the calls of the capture again, on the same tensors: what the builder makes of a later step counts
+    only by what it leaves in them.
+    """
+
+    def __init__(self, decoder: Decoder, num_reqs: int) -> None:
+        self._decoder = decoder
+        self._positions = torch.zeros(num_reqs, dtype=torch.int64)
+        starts, lengths = torch.arange(num_reqs + 1, dtype=torch.int32), torch.ones(num_reqs, dtype=torch.int32)
+        self._common = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts.clone(),
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=lengths.clone(),
+            num_reqs=num_reqs,
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            max_seq_len=16 * BLOCK_SIZE,
+            block_table_tensor=torch.zeros(num_reqs, 16, dtype=torch.int32),
+            slot_mapping=torch.full((num_reqs,), -1),
+        )
+        self._captured = decoder.builder.build_for_cudagraph_capture(self._common)
+        self._replay()
+
+    def step(self, held: dict[int, Any], tables: list[list[int]], lengths: list[int]) -> Tensor:
+        """Rows of a step; requests up to the capture's number are padding."""
+        common, count = self._common, len(tables)
+        common.seq_lens.zero_()[:count] = torch.tensor(lengths)
+        common.seq_lens_cpu_upper_bound.copy_(common.seq_lens)
+        for starts in (common.query_start_loc, common.query_start_loc_cpu):
+            starts.copy_(torch.arange(len(starts)).clamp(max=count))
+        common.block_table_tensor.zero_()
+        for row, blocks in enumerate(tables):
+            common.block_table_tensor[row, : len(blocks)] = torch.tensor(blocks)
+        self._positions[:count] = torch.tensor(lengths) - 1
+        blocks = common.block_table_tensor[torch.arange(count), self._positions[:count] // BLOCK_SIZE].long()
+        common.slot_mapping.fill_(-1)[:count] = blocks * BLOCK_SIZE + self._positions[:count] % BLOCK_SIZE
+        self._decoder.builder.batch = Batch((), (), {}, held, BLOCK_SIZE, in_graph=True)
+        common.max_seq_len = max(lengths)
+        self._require_same_places(self._decoder.builder.build(0, common))
+        return self._replay()[:count]
+
+    def _require_same_places(self, metadata: Any) -> None:
+        """What a kernel is given of a tensor is where it begins, and how it is laid out."""
+        for ours, captured in zip(metadata.reads[0].metadata, self._captured.reads[0].metadata, strict=True):
+            for name, tensor in vars(captured).items():
+                if isinstance(tensor, Tensor) and name != "slot_mapping":
+                    found = vars(ours)[name]
+                    assert (found.data_ptr(), found.shape, found.stride()) == (
+                        tensor.data_ptr(),
+                        tensor.shape,
+                        tensor.stride(),
+                    ), f"{name} is elsewhere than when the graph was captured"
+
+    def _replay(self) -> Tensor:
+        context, names = self._decoder.context, [layer.layer_name for layer in self._decoder.layers]
+        context.attn_metadata = dict.fromkeys(names, self._captured)
+        context.slot_mapping = dict.fromkeys(names, self._common.slot_mapping)
+        return self._decoder.forward(self._positions)
 
 
 @contextmanager
@@ -233,14 +302,18 @@ def stand_ins() -> Iterator[Any]:
 
 
 def run(
-    name: str, device: torch.device = CPU, place: Callable[[Tensor], Tensor] = as_it_is, backend: Backend | None = None
+    name: str,
+    device: torch.device = CPU,
+    place: Callable[[Tensor], Tensor] = as_it_is,
+    backend: Backend | None = None,
+    graph: bool = False,
 ) -> list[list[float]]:
-    """Last rows of both requests in each step; the prompt must come out compressed."""
+    """Last rows of both requests in each step; the prompt must come out compressed. With `graph` that decodes them."""
     with stand_ins() as context:
-        return _run(name, device, place, context, backend or Backend())
+        return _run(name, device, place, context, backend or Backend(), graph)
 
 
-def _run(name: str, device: torch.device, place: Any, context: Any, backend: Backend) -> list[list[float]]:
+def _run(name: str, device: torch.device, place: Any, context: Any, backend: Backend, graph: bool) -> list[list[float]]:
     method, settings = METHODS[name]
     config = CompressionConfig(method, **settings)
     config = config.for_model(num_layers=NUM_LAYERS, num_kv_heads=NUM_HEADS, max_model_len=512)
@@ -276,6 +349,8 @@ def _run(name: str, device: torch.device, place: Any, context: Any, backend: Bac
             nulls = whole - len(kept)
             ours[:whole] = [0] * nulls + kept
     assert nulls, "nothing was given back"
+    if graph:
+        return found + _decode_in_graph(decoder, [ours, others], nulls)
     for i in range(4):
         pages, decodes, length = held.get("a"), [], PROMPT + i + 1
         if plan.evicts:
@@ -300,4 +375,16 @@ def _run(name: str, device: torch.device, place: Any, context: Any, backend: Bac
         found.append(decoder.step(batch, [ours], [1], [PROMPT + 5])[0].tolist())  # alone: all its rows by heads
     if not (plan.evicts or plan.revives) and config.codec == "none" and config.merge_layers is None:
         assert waits[1:] == [[], [], []], "the host waits for the GPU while it decodes"
+    return found
+
+
+def _decode_in_graph(decoder: Decoder, tables: list[list[int]], nulls: int) -> list[list[float]]:
+    """The same steps, of graphs captured for four requests and, at last, where one is alone, for two."""
+    graphs, found, pool = [DecodeGraph(decoder, n) for n in (4, 2)], [], decoder.compressor.pool
+    ours, theirs = decoder.compressor.held.get("a"), HeadPages.none(pool, 0)
+    held = {0: HeadPages.none(pool, nulls) if ours is None else ours, 1: theirs}
+    for i in range(4):
+        found += graphs[0].step(held, tables, [PROMPT + i + 1, OTHER + 3 + i]).tolist()
+    if ours is not None:
+        found += graphs[1].step({0: held[0]}, tables[:1], [PROMPT + 5]).tolist()
     return found

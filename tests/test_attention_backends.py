@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 
 from fastkv_vllm.adapter.backends.cpu import CPUCompressionBackend
 from fastkv_vllm.adapter.backends.flash import FlashCompressionBackend
@@ -37,6 +38,31 @@ def test_flash_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(how == "ordinary" for how, _ in calls), "the other request is read so"
 
 
+IN_GRAPHS = (*BY_HEADS, "vatp", "vl_cache", "gemfilter", "kvsharer")
+
+
+@pytest.mark.parametrize("name", IN_GRAPHS)
+def test_decode_graphs(name: str) -> None:
+    """A captured step run again over the same tensors, requests fewer than it was captured for."""
+    require_close(run(name, graph=True), run(name))
+
+
+@pytest.mark.parametrize("name", BY_HEADS)
+def test_decode_graphs_of_flash_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = flash.install(monkeypatch)
+    backend = backend_of(FlashCompressionBackend, CUDAGraphMode.FULL_AND_PIECEWISE)
+    require_close(run(name, backend=backend, graph=True), run(name))
+    assert calls["heads", "decode"], "graphs read all requests so"
+
+
+@pytest.mark.parametrize("name", BY_HEADS)
+def test_steps_beside_decode_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM keeps one schedule for graphs to read, each call has its own."""
+    flash.install(monkeypatch)
+    backend = backend_of(FlashCompressionBackend, CUDAGraphMode.FULL_AND_PIECEWISE)
+    require_close(run(name, backend=backend), run(name))
+
+
 @pytest.mark.parametrize("name", BY_HEADS)
 def test_attention_of_the_cpu_engine(name: str) -> None:
     """Pages as its kernels lay them out."""
@@ -50,3 +76,4 @@ def test_triton_attention() -> None:
     for name in ON_TRITON:
         require_close(found[name]["rows"], run(name))
         assert bool(found[name]["num_by_heads"]) == BY_HEADS[name] and found[name]["num_ordinary"]
+    require_close(found[ON_TRITON[-1]]["in_graph"], run(ON_TRITON[-1]))

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM asks before it writes to the cache
 
+from vllm.config import CUDAGraphMode  # noqa: E402
 from vllm.triton_utils import HAS_TRITON  # noqa: E402
 from vllm.v1.attention.backends import triton_attn  # noqa: E402
 
@@ -26,9 +27,11 @@ from tests.engine.child import report  # noqa: E402
 from tests.small_decoder import run  # noqa: E402
 from tests.vllm_backends import backend_of  # noqa: E402
 
+GRAPHS = CUDAGraphMode.FULL_AND_PIECEWISE
+
 
 def main(names: list[str]) -> None:
-    """Rows of each, and the calls that read heads one by one."""
+    """Rows of each, the calls that read heads one by one, and of the last the rows of decode graphs."""
     assert HAS_TRITON, "vLLM's kernels are placeholders"
     original, calls = triton_attn.unified_attention, []
 
@@ -42,6 +45,8 @@ def main(names: list[str]) -> None:
         calls.clear()
         rows = run(name, backend=backend_of(TritonCompressionBackend))
         results[name] = {"rows": rows, "num_by_heads": calls.count(1), "num_ordinary": len(calls) - calls.count(1)}
+    in_graph = run(names[-1], backend=backend_of(TritonCompressionBackend, GRAPHS), graph=True)
+    results[names[-1]]["in_graph"] = in_graph
     report(results)
 
 

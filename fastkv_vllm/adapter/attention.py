@@ -67,7 +67,7 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
     `view` keeps what the last build read from: vLLM's common metadata past the null blocks.
     """
 
-    _cudagraph_support = AttentionCGSupport.NEVER  # tables and lengths have a new address in each step
+    _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
 
     block_size: int
@@ -75,6 +75,7 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
     compressor: Compressor | None = None
     view: CommonAttentionMetadata | None = None
     _buffers: ReadBuffers | None = None
+    _graph_buffers: ReadBuffers | None = None
 
     @abstractmethod
     def page_layout(self, dtype: torch.dtype) -> PageLayout:
@@ -94,8 +95,34 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
         if self.batch is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         with made_on(self.device):
+            if self.batch.in_graph:
+                held = _as_they_are(self.batch.held)
+                assert len(held) == len(self.batch.held), "the runner keeps others out of graphs"
+                return self._build_in_graph(common_attn_metadata, held)
             self.view = self.batch.read_view(common_attn_metadata)
             return self.build_for(self.view, self.batch.prefills, self.batch.decodes, self.batch.held)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> CompressionMetadata:
+        """A graph has one form, so it reads every request head by head, whatever is held of it.
+
+        vLLM captures the largest batch first: graphs of smaller ones read a part of the same tensors.
+        """
+        with made_on(self.device):
+            assert self.compressor is not None, "set up with the cache"
+            pool, table = self.compressor.pool, common_attn_metadata.block_table_tensor
+            self._graph_buffers = self._graph_buffers or ReadBuffers(pool, table.shape[0], table.shape[1], stays=True)
+            held = dict.fromkeys(range(common_attn_metadata.num_reqs), HeadPages.none(pool, 0))
+            metadata = self._build_in_graph(common_attn_metadata, held)
+            for of_layer in metadata.reads[0].metadata:
+                of_layer.max_seq_len = common_attn_metadata.max_seq_len  # a number, so the graph's for good
+            return metadata
+
+    def _build_in_graph(self, common: CommonAttentionMetadata, held: Mapping[int, HeadPages]) -> CompressionMetadata:
+        """Metadata in tensors that stay, of requests that decode a token each and of padding behind them."""
+        assert self._graph_buffers is not None, "made when graphs are captured"
+        reads = self._graph_buffers.write(rows_of(held, common, self.block_size), common.num_reqs)
+        reads.metadata = self._of_sequences(reads, common)
+        return CompressionMetadata(None, common.max_query_len, reads=(reads,))
 
     def build_for(
         self,
@@ -127,7 +154,7 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
     def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, Held]) -> tuple[HeadReads, ...]:
         assert self.compressor is not None, "set up with the cache"
         pool, reads = self.compressor.pool, []
-        if as_they_are := {number: pages for number, pages in held.items() if isinstance(pages, HeadPages)}:
+        if as_they_are := _as_they_are(held):
             self._buffers = self._buffers or ReadBuffers(pool)
             reads.append(self._buffers.write(rows_of(as_they_are, view, self.block_size), len(as_they_are)))
         if encoded := {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}:
@@ -148,6 +175,11 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
                 metadata.append(copy.copy(metadata[reads.like[layer]]))
                 metadata[-1].block_table, metadata[-1].seq_lens = table, lengths
         return metadata
+
+
+def _as_they_are(held: Mapping[int, Held]) -> dict[int, HeadPages]:
+    """Those whose pages attention reads where they lie."""
+    return {number: pages for number, pages in held.items() if isinstance(pages, HeadPages)}
 
 
 class CompressionAttentionImpl(AttentionImpl):

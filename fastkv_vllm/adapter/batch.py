@@ -134,6 +134,7 @@ class Batch:
             table.
         block_size: tokens per block.
         revival: of the requests in `held` whose rows may come back, if there are any.
+        in_graph: a captured graph runs the step: each request decodes one token and is in `held`.
     """
 
     prefills: tuple[PrefillRows, ...]
@@ -142,6 +143,7 @@ class Batch:
     held: dict[int, Held]
     block_size: int
     revival: RevivalStep | None = None
+    in_graph: bool = False
 
     def read_view(self, common: Any) -> Any:
         """The same metadata with the null blocks of compressed requests cut off.

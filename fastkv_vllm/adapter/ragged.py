@@ -127,6 +127,12 @@ class HeadPages:
         return cls(num_whole, counts, pages * wanted)
 
     @classmethod
+    def none(cls, pool: PagePool, num_whole: int) -> "HeadPages":
+        """None: a request is read through its own table from block `num_whole` on."""
+        counts = torch.zeros(len(pool.first), pool.num_heads, dtype=torch.int64)
+        return cls(num_whole, counts, counts.new_zeros(*counts.shape, 0))
+
+    @classmethod
     def whole(cls, pool: PagePool, blocks: torch.Tensor) -> "HeadPages":
         """All pages of a request's first blocks, [B] ids."""
         counts = torch.full((len(pool.first), pool.num_heads), len(blocks))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -20,9 +20,10 @@ from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionM
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.device import made_on
+from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.kept import LastKept
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
-from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
@@ -39,6 +40,8 @@ class CompressionRunner(GPUModelRunner):
         """Set up what compression holds; call once, after vLLM's own initialiser."""
         self._orders: Orders | None = None
         self._tsp: TSPStep | None = None
+        self._in_graph = False
+        self._not_held: dict[tuple[str, int], HeadPages] = {}  # requests and null blocks, while graphs run
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -57,6 +60,12 @@ class CompressionRunner(GPUModelRunner):
         # Wherever a model of several parts keeps them: those that the attention with a cache lies in.
         paths = [self._layer_names[index].partition(".self_attn.")[0] for index in sorted(self._layer_names)]
         self._decoder_layers = [self.get_model().get_submodule(path) for path in paths]
+
+    def _cleanup_profiling_kv_cache(self) -> None:
+        """Let go of the cache that graphs were profiled with, and of what was made for it: vLLM frees it here."""
+        for name in ("compressor", "_builder"):
+            self.__dict__.pop(name, None)
+        super()._cleanup_profiling_kv_cache()
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         orders = self._orders = orders_of(scheduler_output)
@@ -94,11 +103,29 @@ class CompressionRunner(GPUModelRunner):
             attach_stats(filled, self.compressor.take_stats())
         return output
 
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        """A full graph runs none of our Python: where compression has more to do than read, the step is not for one."""
+        if self._orders is not None and not self._only_reads(self._orders.plan):
+            kwargs["force_uniform_decode"] = False
+        execution = super()._determine_batch_execution_and_padding(*args, **kwargs)
+        self._in_graph = execution[0] == CUDAGraphMode.FULL
+        return execution
+
+    def _only_reads(self, plan: StepPlan) -> bool:
+        """Whether all that a step asks of compression is that entries are read where they lie."""
+        held, evicted = self.compressor.held, self.compressor.evictor.requests
+        return not any(
+            rid in plan.prefills
+            or rid in evicted
+            or isinstance(held.get(rid), EncodedPages | MergedPages | RevivablePages)
+            for rid in self.input_batch.req_ids
+        )
+
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
         if self._orders is None:  # a dummy run
             return super()._build_attention_metadata(*args, **kwargs)
         with made_on(self.device):
-            batch = self._make_batch(self._orders)
+            batch = self._batch_in_graph(self._orders.plan) if self._in_graph else self._make_batch(self._orders)
         self._builder.batch = batch
         metadata = super()._build_attention_metadata(*args, **kwargs)
         if any(prefill.plan.cuts for prefill in batch.prefills):
@@ -141,6 +168,7 @@ class CompressionRunner(GPUModelRunner):
     def _make_batch(self, orders: Orders) -> Batch:
         """The step's orders in terms of the rows of the persistent batch."""
         plan = orders.plan
+        self._not_held.clear()
         block_size = self._builder.block_size
         starts = self.query_start_loc.np
         table = self.input_batch.block_table[0].get_cpu_tensor()
@@ -176,6 +204,17 @@ class CompressionRunner(GPUModelRunner):
         revivable = [pages for pages in held.values() if isinstance(pages, RevivablePages)]
         revival = RevivalStep(revivable, self._decoder_layers, self.compressor.stats) if revivable else None
         return Batch(tuple(prefills), tuple(decodes), null_blocks, held, block_size, revival)
+
+    def _batch_in_graph(self, plan: StepPlan) -> Batch:
+        """The same of a step that a captured graph runs, where requests without pages of their own have none."""
+        requests, before = self.input_batch.req_ids, self._not_held
+        ours = {rid: pages for rid, pages in self.compressor.held.items() if rid in plan.null_blocks}
+        places = {rid: (rid, plan.null_blocks.get(rid, 0)) for rid in requests if rid not in ours}
+        self._not_held = {
+            place: before.get(place) or HeadPages.none(self.compressor.pool, place[1]) for place in places.values()
+        }
+        held = {row: ours.get(rid) or self._not_held[places[rid]] for row, rid in enumerate(requests)}
+        return Batch((), (), {}, held, self._builder.block_size, in_graph=True)
 
     def _decode_rows(self, row: int, request_id: str, plan: StepPlan) -> list[DecodeRows]:
         """The rows of a compressed request where it evicts and they matter to that, or none."""

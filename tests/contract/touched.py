@@ -31,7 +31,7 @@ MEMBERS = {
         f"vllm.v1.attention.backends.{module}:{name}": members
         for module, backend in (("cpu_attn", "CPU"), ("flash_attn", "Flash"), ("triton_attn", "Triton"))
         for name, members in (
-            (f"{backend}AttentionMetadata", "block_table"),
+            (f"{backend}AttentionMetadata", "block_table max_seq_len seq_lens"),
             (f"{backend}AttentionMetadataBuilder", "build"),
             (
                 f"{backend}AttentionBackendImpl" if backend == "CPU" else f"{backend}AttentionImpl",
@@ -40,7 +40,7 @@ MEMBERS = {
         )
     },
     "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": (
-        "block_table softmax_segm_expsum softmax_segm_max softmax_segm_output"
+        "block_table max_seq_len seq_lens softmax_segm_expsum softmax_segm_max softmax_segm_output"
     ),
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "clear_override",
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder",

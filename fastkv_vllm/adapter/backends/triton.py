@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -14,6 +15,8 @@ from fastkv_vllm.adapter.pages import RowLayout
 
 
 class TritonCompressionBuilder(CompressionMetadataBuilder, TritonAttentionMetadataBuilder):
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def page_layout(self, dtype: torch.dtype) -> RowLayout:
         return RowLayout(self.block_size, self.headdim)
 
