@@ -51,6 +51,24 @@ def test_groups_stand_for_themselves(name: str) -> None:
         assert torch.equal(part.unflatten(0, (len(data), -1)), groups[order])
 
 
+@pytest.mark.parametrize("channel_ratio", [1.0, 0.6])
+def test_a_draft_reads_the_upper_four_bits(channel_ratio: float) -> None:
+    """Of the same bytes, the first ones; what it gives is a valid quantisation in four bits, and far from the whole."""
+    entry, codec = EntryShape(64, torch.bfloat16, channel_ratio), CODECS["int4x2"]
+    keys, values = entries(96, 64, torch.bfloat16, seed=5)
+    keys = keys[:, : entry.key_dim]
+    data, draft = codec.encode(keys, values), codec.draft_view()
+    assert draft.num_bytes(entry) == codec.num_bytes(entry) == codec.read_bytes(entry)
+    # A minimum and a step, and half a byte a number, of 16 tokens: groups of 16 in keys, of 32 in values.
+    assert draft.read_bytes(entry) == entry.key_dim * (4 + 8) + 16 * 2 * (4 + 16)
+    whole, upper = codec.decode(data, entry), draft.decode(data[:, : draft.read_bytes(entry)], entry)
+    expected = stored("int4x2-draft", keys.float(), values.float())
+    for got, want, exact, was in zip(upper, expected, whole, (keys, values), strict=True):
+        assert torch.equal(got, want)
+        assert (exact - was).square().mean() * 100 < (got - was).square().mean(), "16 times as fine"
+    assert CODECS["kivi4"].draft_view() is None
+
+
 @pytest.mark.parametrize(
     ("head_dim", "channel_ratio", "key_dim"),
     [(64, 0.6, 40), (128, 0.6, 80), (32, 0.6, 24), (64, 0.5, 32), (64, 0.01, 8), (64, 0.99, 64), (80, 1.0, 80)],
@@ -88,7 +106,16 @@ def test_best_channels_of_values_are_those_of_the_largest_outputs() -> None:
 
 @pytest.mark.parametrize(
     ("name", "num_entries"),
-    [("fp8", 64), ("int8", 60), ("int4", 113), ("int2", 204), ("kivi4", 96), ("kivi2", 160), ("skvq", 221)],
+    [
+        ("fp8", 64),
+        ("int8", 60),
+        ("int4", 113),
+        ("int2", 204),
+        ("kivi4", 96),
+        ("kivi2", 160),
+        ("int4x2", 48),
+        ("skvq", 221),
+    ],
 )
 def test_entries_of_a_page(name: str, num_entries: int) -> None:
     """By hand: a bf16 page of 32 entries, head size 64, has 8192 bytes; int4 takes 2 * (4 + 32) of them an entry."""
@@ -175,6 +202,22 @@ def test_error_is_half_a_step(num_bits: int) -> None:
     slack = (numbers.abs().amax(1) + step * 2**num_bits) * 2**-11
     assert bool((error <= step / 2 + slack).all())
     assert bool((error > step / 4).any()), "the bound would hold for codes twice as fine"
+
+
+def test_four_more_bits_by_hand() -> None:
+    """Extremes 0 and 240 make steps of 16, sixteenths of 1: whole numbers come back, but for a half step."""
+    numbers = [0, 240, 5, 7, 8, 9, 24, 25, 0, 0, 0, 0, 0, 0, 0, 0]
+    key, value = torch.tensor(numbers).float().view(16, 1).repeat(1, 8), torch.full((16, 32), 3.0)
+    codec, entry = CODECS["int4x2"], EntryShape(32, torch.float32, channel_ratio=0.25)
+    (data,) = codec.encode(key, value)
+    assert data[:32].view(torch.float16).tolist() == [0.0] * 8 + [16.0] * 8, "of each channel of the key"
+    assert data[32:96].view(torch.float16).tolist() == [3.0] * 16 + [0.0] * 16, "of each token's value"
+    upper, lower = data[96:160:8].tolist(), data[416:480:8].tolist()
+    assert [byte & 15 for byte in upper] + [byte >> 4 for byte in upper] == [0, 15, 0, 0, 0, 1, 2, 2] + [0] * 8
+    assert [byte & 15 for byte in lower] + [byte >> 4 for byte in lower] == [8, 8, 13, 15, 15, 1, 0, 1] + [8] * 8
+    got, of_value = codec.decode(data.unsqueeze(0), entry)
+    assert got[:, 0].tolist() == [0, 240, 5, 7, 7, 9, 24, 25] + [0] * 8, "8 is half a step: seven sixteenths at most"
+    assert torch.equal(of_value, value)
 
 
 def test_bad_groups_are_refused() -> None:

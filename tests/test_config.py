@@ -424,7 +424,10 @@ BAD = [
     *[("allow_request_override", value, "true or false") for value in (0, 1, "true", None)],
     *[("min_retention_ratio", value, r"in \[0, 1\]") for value in (-0.1, 1.1, "0.2", None, True)],
     *[("evict_while_decoding", value, "true or false") for value in (0, 1, "true")],
-    *[("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2, skvq, exact") for value in ("int3", 4, True)],
+    *[
+        ("codec", value, "one of none, fp8, int8, int4, int2, kivi4, kivi2, int4x2, skvq, exact")
+        for value in ("int3", 4, True)
+    ],
     *[(name, 0.6, "left out without a codec") for name in ("channel_ratio", "value_channel_ratio")],
     *[("channel_groups", value, "the path of a file of .* or 'none'") for value in ("", 1, [[1]], True)],
     *[("residual_window", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],

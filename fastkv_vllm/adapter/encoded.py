@@ -132,7 +132,9 @@ class EncodedPages:
     def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """See `DecodedPages`; zeros in channels not stored."""
         heads = self.heads_of(layer, pool.layout.block_size)
-        keys, values = self.codec.of_heads(heads).decode(self.grid(pool)[self.places(layer, pool)], self.entry)
+        codec = self.codec.of_heads(heads)
+        needed = self.grid(pool)[..., : codec.read_bytes(self.entry)]
+        keys, values = codec.decode(needed[self.places(layer, pool)], self.entry)
         if self.key_channels is not None:
             keys = self._whole(keys, self.key_channels.flatten(0, 1)[heads])
         if self.value_channels is not None:

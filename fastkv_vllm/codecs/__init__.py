@@ -5,6 +5,7 @@ from fastkv_vllm.codecs.base import Codec, EntryShape, VectorCodec
 from fastkv_vllm.codecs.channels import best_channels, best_value_channels
 from fastkv_vllm.codecs.exact import ExactCodec
 from fastkv_vllm.codecs.fp8 import Float8Codec
+from fastkv_vllm.codecs.hierarchical import HierarchicalCodec
 from fastkv_vllm.codecs.kivi import KiviCodec
 from fastkv_vllm.codecs.merged import MERGES, VALUES, PairCodec, neighbours
 from fastkv_vllm.codecs.skvq import LEVELS, ChannelGroups, SkvqCodec, num_groups, quantise_clipped
@@ -16,6 +17,7 @@ CODECS: dict[str, Codec] = {
     "int2": AffineCodec(2),
     "kivi4": KiviCodec(4),
     "kivi2": KiviCodec(2),
+    "int4x2": HierarchicalCodec(),
     "skvq": SkvqCodec(),
     "exact": ExactCodec(),
 }
@@ -35,6 +37,7 @@ __all__ = [
     "EntryShape",
     "ExactCodec",
     "Float8Codec",
+    "HierarchicalCodec",
     "KiviCodec",
     "PairCodec",
     "SkvqCodec",

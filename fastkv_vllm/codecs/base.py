@@ -73,6 +73,14 @@ class Codec(ABC):
             ValueError: keys or values of so many elements cannot be encoded.
         """
 
+    def read_bytes(self, entry: EntryShape) -> int:
+        """Of these, the first ones that `decode` needs."""
+        return self.num_bytes(entry)
+
+    def draft_view(self) -> "Codec | None":
+        """A coarser reading of the same bytes, by which tokens can be drafted; None: there is none."""
+        return None
+
     @abstractmethod
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Bytes of entries.
@@ -87,7 +95,10 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, data: torch.Tensor, entry: EntryShape) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [g * group_size, Dk] and values [g * group_size, Dv] of groups [g, B] uint8, float32 each."""
+        """Keys [g * group_size, Dk] and values [g * group_size, Dv] of groups [g, B] uint8, float32 each.
+
+        B is `read_bytes`.
+        """
 
     def of_heads(self, heads: torch.Tensor) -> "Codec":
         """The same for entries of these KV heads, [N] int64, counted layer after layer."""

@@ -176,9 +176,7 @@ def tolerance(config: CompressionConfig | None) -> float:
     """
     if config is None or config.codec in ("none", "exact"):
         return 2e-4
-    return (2e-2 if config.codec.endswith("2") or config.codec == "skvq" else 1e-2) * (
-        2 if config.encode_generated else 1
-    )
+    return (2e-2 if config.codec in ("int2", "kivi2", "skvq") else 1e-2) * (2 if config.encode_generated else 1)
 
 
 def _is_clear(generation: Generation, smallest_gap: float, tolerance: float) -> bool:

@@ -167,5 +167,6 @@ REQUESTS = {
     "minicache-int4": MERGED["minicache-int4"],
     **GUARDED,
     "think-values": ENCODED["think-values"],
+    "streamingllm-int4x2": ("streamingllm", WHOLE | {"codec": "int4x2", "residual_window": 40}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

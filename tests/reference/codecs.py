@@ -13,6 +13,7 @@ Groups = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]  # of keys an
 
 AFFINE = {"int8": 8, "int4": 4, "int2": 2}
 KIVI = {"kivi4": 4, "kivi2": 2}
+TWICE = {"int4x2": True, "int4x2-draft": False}  # whether the lower four bits are read, too
 FLOAT8 = ("fp8",)
 EXACT = ("exact",)
 CLIPPED = {"skvq": (4, 3)}  # levels of keys, of values
@@ -23,6 +24,7 @@ def stored(codec: str, keys: Tensor, values: Tensor, groups: Groups | None = Non
 
     int8, int4, int2: arXiv 2412.12706, groups of 64 channels. kivi4, kivi2: arXiv 2402.02750, section 3, keys in groups
     of 32 tokens, values in groups of 32 channels. fp8: e4m3 without a scale. skvq: arXiv 2405.06219, section 3.
+    int4x2: arXiv 2502.10424, section 4, in groups of 16 tokens and 32 channels; int4x2-draft: its upper four bits.
 
     groups: with skvq, what was measured of the head; None: channels in their own order, not clipped.
     """
@@ -36,6 +38,8 @@ def stored(codec: str, keys: Tensor, values: Tensor, groups: Groups | None = Non
     if codec in KIVI:
         by_channel = rounded(keys.T, 32, KIVI[codec]).T
         return by_channel, rounded(values, 32, KIVI[codec])
+    if codec in TWICE:
+        return rounded_twice(keys.T, 16, TWICE[codec]).T, rounded_twice(values, 32, TWICE[codec])
     if codec in EXACT:
         return keys.clone(), values.clone()
     if codec in FLOAT8:
@@ -43,7 +47,9 @@ def stored(codec: str, keys: Tensor, values: Tensor, groups: Groups | None = Non
     if codec in CLIPPED:
         orders, clips = groups or ([range(x.shape[1]) for x in (keys, values)], [[1.0] * 9] * 2)
         return tuple(map(clipped, (keys, values), CLIPPED[codec], orders, clips))
-    raise ValueError(f"codec must be one of {', '.join((*AFFINE, *KIVI, *FLOAT8, *EXACT, *CLIPPED))}; got {codec!r}")
+    raise ValueError(
+        f"codec must be one of {', '.join((*AFFINE, *KIVI, *TWICE, *FLOAT8, *EXACT, *CLIPPED))}; got {codec!r}"
+    )
 
 
 @cache
@@ -101,4 +107,17 @@ def rounded(rows: Tensor, width: int, num_bits: int) -> Tensor:
         step = ((group.max(dim=1, keepdim=True).values - low) / (2**num_bits - 1)).half().float()
         codes = ((group - low) / step).round().clamp(0, 2**num_bits - 1)
         groups.append(torch.where(step > 0, low + codes * step, low))
+    return torch.cat(groups, dim=1)
+
+
+def rounded_twice(rows: Tensor, width: int, whole: bool) -> Tensor:
+    """Rows rounded to 16 values between the extremes of each `width` numbers; whole: what that loses, to 16 more."""
+    groups = []
+    for group in rows.split(width, dim=1):
+        low = group.min(dim=1, keepdim=True).values.half().float()
+        step = ((group.max(dim=1, keepdim=True).values - low) / 15).half().float()
+        upper = ((group - low) / step).round().clamp(0, 15)
+        lower = ((group - (low + upper * step)) / (step / 16)).round().clamp(-8, 7)
+        number = low + (16 * upper + lower) * (step / 16) if whole else low + upper * step
+        groups.append(torch.where(step > 0, number, low))
     return torch.cat(groups, dim=1)
