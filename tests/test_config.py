@@ -59,6 +59,7 @@ def test_defaults_are_those_of_fastkv_v3() -> None:
         "channel_groups": None,
         "residual_window": None,
         "encode_generated": False,
+        "draft_tokens": 0,
         "kernel_size": 7,
         "pooling": "max",
         "layer_budgets": "uniform",
@@ -434,6 +435,8 @@ BAD = [
     ("residual_window", 8, "left out without a codec"),
     *[("encode_generated", value, "true or false") for value in (0, 1, "true")],
     ("encode_generated", True, "false without a codec"),
+    *[("draft_tokens", value, "an integer >= 0") for value in (-1, *NOT_INTEGERS)],
+    ("draft_tokens", 1, "0 with codec 'none', which has no coarser view"),
     *[
         (name, value, r"in \(0, 1\)")
         for name in ("halting_loss", "rank_variance", "min_attention_recall")
@@ -543,6 +546,18 @@ def test_channels_are_measured_unless_the_user_says_otherwise() -> None:
             filled = dataclasses.replace(config, channel_groups=groups).for_model(**model)
             assert filled.channel_groups == groups
     assert CompressionConfig("kivi").for_model(**model).channel_groups is None
+
+
+def test_tokens_are_drafted_where_entries_read_two_ways() -> None:
+    assert CompressionConfig("adakv", codec="int4x2").draft_tokens == 0, "only where it is asked for"
+    assert CompressionConfig("adakv", codec="int4x2", draft_tokens=3).draft_tokens == 3
+    for wished, rule in (
+        ({"codec": "int8", "draft_tokens": 2}, "0 with codec 'int8', which has no coarser view"),
+        ({"codec": "int4x2", "encode_generated": True, "draft_tokens": 2}, "0 where what is generated is encoded"),
+        ({"codec": "int4x2", "draft_tokens": 65}, "at most 64"),
+    ):
+        with pytest.raises(ValueError, match=f"draft_tokens must be {rule}"):
+            CompressionConfig("snapkv", **wished)
 
 
 def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:

@@ -140,6 +140,9 @@ class Choice:
                 f"{method} may hold {needed} rows of a prompt, and the server has set memory aside for {room}; start "
                 f"it with max_tsp_tokens {needed}"
             )
+        wished, most = config.draft_tokens or 0, self.default.draft_tokens or 0
+        if wished > most:
+            raise ValueError(f"draft_tokens of a request must be at most the server's, {most}; got {wished}")
         lines = conflicts_of_method(self._vllm_config, config)
         if lines:
             raise ValueError("; ".join(lines))
@@ -151,6 +154,8 @@ class Choice:
         if method == default.method:
             replaced = {_INSTEAD[name] for name in settings if name in _INSTEAD}
             left_out = {"method", "head_weights", *replaced}
+            if "codec" in settings or "encode_generated" in settings:
+                left_out.add("draft_tokens")  # whether there can be drafts follows from them
             if settings.get("min_attention_recall", 1) is None:
                 left_out.add("max_retention_ratio")  # without a guard there is no ceiling
             if method_class(method).layer_budgets in CUT_BUDGETS:

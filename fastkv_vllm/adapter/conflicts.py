@@ -21,6 +21,7 @@ ARCHITECTURES = (
     "GemmaForCausalLM",
     "Idefics3ForConditionalGeneration",
 )
+DRAFTER = "fastkv_vllm.adapter.drafting.SelfDrafter"
 _STOCK_WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
 
 
@@ -83,6 +84,11 @@ def _given(name: str) -> Callable[[Any], str | None]:
     return lambda config: _unless(getattr(config, name) is None, f"a {name}")
 
 
+def _other_drafter(config: Any) -> str | None:
+    drafter = config.speculative_config
+    return _unless(drafter is None or drafter.model == DRAFTER, "a speculative_config")
+
+
 def _other_than_tokens(config: Any) -> str | None:
     if config.model_config.is_multimodal_model:
         return "a model that reads images"
@@ -123,7 +129,11 @@ CONFLICTS = (
         lambda c: _unless(not (c.kv_events_config and c.kv_events_config.enable_kv_cache_events), "KV-cache events"),
         "drop --kv-events-config",
     ),
-    Conflict("one new token a step", _given("speculative_config"), "drop --speculative-config"),
+    Conflict(
+        "one new token a step, or its own drafts",
+        _other_drafter,
+        'drop --speculative-config; "draft_tokens" brings its own',
+    ),
     Conflict("base models (not proven with adapters)", _given("lora_config"), "drop --enable-lora"),
     Conflict(
         "a KV cache of the model's dtype",
@@ -156,6 +166,12 @@ CONFLICTS = (
         _other_than_tokens,
         "use another method",
         concerns=lambda config: method_class(config.method).reads_again,
+    ),
+    Conflict(
+        "prompts of tokens alone, since it drafts tokens",
+        _other_than_tokens,
+        'set "draft_tokens": 0',
+        concerns=lambda config: bool(config.draft_tokens),
     ),
     Conflict(
         "every query of a prompt computed, since all of them vote",

@@ -31,6 +31,7 @@ class EncodedPages:
         num_exact: first entries of each head that are stored as they are.
         key_channels, value_channels: those of each layer's and head's keys and values that are stored, ascending,
             [L, H, Dk] and [L, H, Dv] int64, once they are chosen; None: all.
+        draft_tokens: most tokens that may be drafted at a time from the codec's coarser view.
     """
 
     num_whole: int
@@ -41,10 +42,18 @@ class EncodedPages:
     num_exact: int
     key_channels: torch.Tensor | None
     value_channels: torch.Tensor | None
+    draft_tokens: int
 
     @cached_property
     def host_counts(self) -> torch.Tensor:
         return self.counts.cpu()
+
+    @cached_property
+    def draft_view(self) -> "EncodedPages":
+        """The same pages as drafts read them."""
+        codec = self.codec.draft_view()
+        assert codec is not None, "checked by CompressionConfig where tokens are drafted"
+        return replace(self, codec=codec)
 
     @classmethod
     def share(
@@ -64,7 +73,9 @@ class EncodedPages:
             for size in (entry.key_dim, entry.value_dim)
         )
         num_exact = plan.num_sink if codec.exact_sinks else 0
-        return cls(plan.num_whole_blocks, counts, stored, codec, entry, num_exact, of_keys, of_values)
+        assert config.draft_tokens is not None, "filled in by CompressionConfig"
+        channels = of_keys, of_values
+        return cls(plan.num_whole_blocks, counts, stored, codec, entry, num_exact, *channels, config.draft_tokens)
 
     def places(self, layer: int, pool: PagePool) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and place in it of each group of a layer, head after head, [groups] int64 each."""

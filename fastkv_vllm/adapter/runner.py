@@ -20,6 +20,7 @@ from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionM
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.device import made_on
+from fastkv_vllm.adapter.drafting import DraftVerifier, SelfDrafter
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.kept import LastKept
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
@@ -52,6 +53,10 @@ class CompressionRunner(GPUModelRunner):
             codecs = measured_codecs(self.vllm_config)
         self.compressor = Compressor(self.kv_caches, layout, codecs)
         self._builder.compressor = self.compressor
+        if self.speculative_config is not None:
+            assert isinstance(self.drafter, SelfDrafter), "all others are refused"
+            self.drafter.start(self)
+            self.rejection_sampler = DraftVerifier.of(self.vllm_config, self.device)
         self.last_kept = LastKept(len(self.kv_caches))
         if STATUS_PLUGIN in (envs.VLLM_PLUGINS or ()):
             self.compressor.watch = self.last_kept.note
@@ -120,6 +125,9 @@ class CompressionRunner(GPUModelRunner):
             or isinstance(held.get(rid), EncodedPages | MergedPages | RevivablePages)
             for rid in self.input_batch.req_ids
         )
+
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
+        return True  # it looks at what each request has left
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
         if self._orders is None:  # a dummy run

@@ -58,6 +58,10 @@ class _CompressionMixin(Scheduler):
                 f"{[type(manager).__name__ for manager in managers]}"
             )
         self.manager: CompressingManager = managers[0]
+        if self.num_spec_tokens:
+            # As many at any size of the batch. Without such a table vLLM fills up a prompt of one token, or of which
+            # one is not cached, with drafts that nobody made.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self.totals = CompressionStats()
         self._unreported = CompressionStats()
         self._reports: dict[str, dict[str, str | int | float]] = {}  # request -> what was done for it

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from fastkv_vllm.adapter import native
 from fastkv_vllm.adapter.arguments import configured
 from fastkv_vllm.adapter.choice import Choice, entry_shape
-from fastkv_vllm.adapter.conflicts import require_no_conflicts
+from fastkv_vllm.adapter.conflicts import DRAFTER, require_no_conflicts
 from fastkv_vllm.adapter.patches import Patch, validate_request
 from fastkv_vllm.adapter.version import require_supported_vllm
 from fastkv_vllm.calibrate import load
@@ -40,8 +40,9 @@ def compression_config(vllm_config: VllmConfig) -> CompressionConfig:
 def prepare_engine_args(args: Any) -> CompressionConfig | None:
     """Check our arguments and settle what vLLM must know before it builds its configuration.
 
-    Prefix caching is off unless asked for where rows are propagated (a cached block lacks the late layers), and
-    Model Runner V1 is chosen, here and for the processes that inherit the environment.
+    Prefix caching is off unless asked for where rows are propagated (a cached block lacks the late layers), tokens are
+    drafted by vLLM's speculative decoding where the configuration says so, and Model Runner V1 is chosen, here and for
+    the processes that inherit the environment.
 
     Raises:
         ValueError, RuntimeError: the arguments do not fit, or this vLLM is not supported.
@@ -63,6 +64,12 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     os.environ[_RUNNER_VARIABLE] = _RUNNER_V1
     if (config.uses_tsp or config.all_queries_vote) and args.enable_prefix_caching is None:
         args.enable_prefix_caching = False
+    if config.draft_tokens and args.speculative_config is None:
+        args.speculative_config = {
+            "method": "custom_class",
+            "model": DRAFTER,
+            "num_speculative_tokens": config.draft_tokens,
+        }
     return config
 
 

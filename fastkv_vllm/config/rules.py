@@ -168,6 +168,20 @@ def _complete_encoding(config: "CompressionConfig", cls: type[Method]) -> None:
     check(not encodes or config.codec != NO_CODEC, "encode_generated", "false without a codec", config)
     rule = "false where layers or heads keep differently many entries"
     check(not encodes or is_even, "encode_generated", rule, config)
+    _complete_drafts(config, cls)
+
+
+def _complete_drafts(config: "CompressionConfig", cls: type[Method]) -> None:
+    """How many tokens are drafted: only where entries can be read in two ways, and what is generated is not encoded."""
+    assert config.codec is not None, "filled in before"
+    has_view = config.codec != NO_CODEC and CODECS[config.codec].draft_view() is not None
+    fill_in(config, "draft_tokens", cls.default_draft_tokens if has_view and not config.encode_generated else 0)
+    drafts = config.draft_tokens
+    check(drafts is not None and drafts <= MOST_DRAFTS, "draft_tokens", f"at most {MOST_DRAFTS}", config)
+    rule = f"0 with codec {config.codec!r}, which has no coarser view"
+    check(not drafts or has_view, "draft_tokens", rule, config)
+    rule = "0 where what is generated is encoded: a token that is not accepted must leave nothing behind"
+    check(not drafts or not config.encode_generated, "draft_tokens", rule, config)
 
 
 def _complete_cuts(config: "CompressionConfig", cls: type[Method]) -> None:
@@ -343,14 +357,16 @@ LOWEST = {
     "min_tokens": 1,
     "min_tsp_layer": 0,
     "residual_window": 0,
+    "draft_tokens": 0,
     "max_tsp_tokens": 1,
 }
 
 
 WIDEST_KERNEL = 1023  # entries; pooling's work grows with it
+MOST_DRAFTS = 64
 
 
-OPTIONAL = {"budget", "num_sink", "min_tsp_layer", "residual_window", "max_tsp_tokens"}
+OPTIONAL = {"budget", "num_sink", "min_tsp_layer", "residual_window", "draft_tokens", "max_tsp_tokens"}
 
 
 def is_int(value: object) -> TypeGuard[int]:

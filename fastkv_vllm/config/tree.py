@@ -80,6 +80,9 @@ class CompressionConfig:
             least.
         encode_generated: whether what is generated is encoded, too, a block at a time once it has left the residual
             window; None: the method's own. Without it all that follows the prompt stays in the model's dtype.
+        draft_tokens: most tokens drafted at a time by what a codec's coarser view says, and verified together by the
+            whole of it, in requests that are decoded greedily: the tokens are those without drafts. 0: none; None: the
+            method's own, mostly none.
         layer_owners: layer whose entries each layer reads once the prompt has ended: path of the file that `fastkv-vllm
             calibrate sharing` (with merge_layers: `merging`) wrote, or the numbers, [layers]; a layer reads its own or
             those of an earlier one that reads its own. None: all read their own, or with merge_layers pairs of
@@ -132,6 +135,7 @@ class CompressionConfig:
     channel_groups: str | None = None
     residual_window: int | None = None
     encode_generated: bool | None = None
+    draft_tokens: int | None = None
     layer_owners: str | tuple[int, ...] | None = None
     merge_layers: str | None = None
     merge_t: float | None = None

@@ -33,8 +33,9 @@ class Method(ABC):
             left behind may come back.
         default_retention_ratio, default_num_sink, default_recent_share, default_value_norms, default_decay,
             default_halting_loss, default_rank_variance, default_evict_while_decoding, default_codec,
-            default_channel_ratio, default_residual_window, default_encode_generated, default_merge_layers: the fields
-            of CompressionConfig without `default_`, when the configuration does not say.
+            default_channel_ratio, default_residual_window, default_encode_generated, default_merge_layers,
+            default_draft_tokens: the fields of CompressionConfig without `default_`, when the configuration does not
+            say.
         schedule_artefact: kind of the file that may hold the method's schedule of cuts, see `fastkv_vllm.calibrate`.
         shares_layers: some layers read the entries of others once the prompt has ended, by `layer_owners`.
         streams: heads that keep less than the prompt let go of the rest while it is read, where their budgets are known
@@ -71,6 +72,7 @@ class Method(ABC):
     default_residual_window: ClassVar[int] = 0
     default_encode_generated: ClassVar[bool] = False
     default_merge_layers: ClassVar[str | None] = None
+    default_draft_tokens: ClassVar[int] = 0
     layer_budgets: ClassVar[str] = UNIFORM
     head_budgets: ClassVar[str] = UNIFORM
 

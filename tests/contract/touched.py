@@ -45,16 +45,19 @@ MEMBERS = {
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "clear_override",
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder",
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
-        "block_table num_computed_tokens_cpu num_reqs req_id_to_index req_ids token_ids_cpu"
+        "block_table greedy_reqs num_computed_tokens_cpu num_reqs req_id_to_index req_ids token_ids_cpu"
     ),
     "vllm.model_executor.models.interfaces_base:VllmModel": "embed_input_ids",
-    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "block_ids",
+    "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "block_ids output_token_ids sampling_params",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "input_batch requests",
+    "vllm.config.speculative:SpeculativeConfig": "method model num_speculative_tokens",
     "vllm.v1.worker.block_table:BlockTable": "block_table get_cpu_tensor",
     "vllm.v1.outputs:ModelRunnerOutput": "req_ids",
     "vllm.forward_context:ForwardContext": "attn_metadata skip_compiled slot_mapping",
     "vllm.engine.protocol:EngineClient": "collective_rpc vllm_config",
-    "vllm.sampling_params:SamplingParams": "extra_args prompt_logprobs",
-    "vllm.engine.arg_utils:EngineArgs": "additional_config enable_prefix_caching model",
+    "vllm.sampling_params:SamplingParams": "extra_args max_tokens prompt_logprobs",
+    "vllm.engine.arg_utils:EngineArgs": "additional_config enable_prefix_caching model speculative_config",
     "vllm.config:VllmConfig": (
         "cache_config kv_events_config kv_transfer_config lora_config model_config parallel_config scheduler_config "
         "speculative_config"

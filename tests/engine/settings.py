@@ -104,6 +104,15 @@ ENCODING = {
         },
     ),
 }
+# A window of one token: a prompt of which all but the last comes from the prefix cache has one left to compute.
+DRAFTING = {
+    "min_tokens": 128,
+    "retention_ratio": 1.0,
+    "codec": "int4x2",
+    "residual_window": 40,
+    "window_size": 1,
+    "draft_tokens": 4,
+}
 # Layers 3, 5 and 7 of 8 read the entries of others, on their own side of the TSP layer.
 OWNERS = [0, 1, 2, 0, 4, 4, 6, 4]
 SHARING = {

@@ -38,7 +38,11 @@ REFUSED = {
     ),
     "speculation": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        "one new token a step and got a speculative_config",
+        "one new token a step, or its own drafts and got a speculative_config",
+    ),
+    "drafts": (
+        {"enable_prompt_embeds": True, "kv_compression_config": {"codec": "int4x2", "draft_tokens": 2}},
+        "prompts of tokens alone, since it drafts tokens and got --enable-prompt-embeds",
     ),
     "lora": ({"enable_lora": True}, "base models (not proven with adapters) and got a lora_config"),
     "dtype": ({"kv_cache_dtype": "fp8"}, "a KV cache of the model's dtype and got kv_cache_dtype fp8"),
@@ -276,6 +280,26 @@ def test_channels_are_stored_as_this_models_file_says(checkpoint, tmp_path):
     without = configure(checkpoint, kv_compression="snapkv")
     with pytest.raises(VLLMValidationError, match="channel_groups must be given for codec 'skvq'"):
         Choice(without, compression_config(without)).of(SamplingParams(extra_args={"codec": "skvq"}))
+
+
+def test_requests_draft_what_their_server_does(checkpoint):
+    def served(method, **settings):
+        vllm_config = configure(checkpoint, kv_compression=method, kv_compression_config=settings)
+        choice = Choice(vllm_config, compression_config(vllm_config))
+        return vllm_config, lambda **extra: choice.of(SamplingParams(extra_args=extra)).draft_tokens
+
+    vllm_config, drafts = served("streamingllm", codec="int4x2", draft_tokens=3)
+    assert vllm_config.speculative_config.num_speculative_tokens == 3
+    assert not vllm_config.scheduler_config.async_scheduling
+    assert (drafts(), drafts(retention_ratio=0.5), drafts(draft_tokens=0)) == (3, 3, 0)
+    assert (drafts(kv_compression="snapkv"), drafts(codec="int8"), drafts(encode_generated=1)) == (0, 0, 0)
+    assert drafts(kv_compression="snapkv", codec="int4x2", draft_tokens=2) == 2
+    with pytest.raises(VLLMValidationError, match="draft_tokens of a request must be at most the server's, 3; got 4"):
+        drafts(draft_tokens=4)
+    vllm_config, drafts = served("snapkv")
+    assert vllm_config.speculative_config is None
+    with pytest.raises(VLLMValidationError, match="at most the server's, 0; got 2"):
+        drafts(codec="int4x2", draft_tokens=2)
 
 
 def test_owners_of_layers_come_from_this_models_file(checkpoint, tmp_path):

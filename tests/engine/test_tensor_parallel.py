@@ -17,15 +17,17 @@ from tests.engine.test_kept import positions_of
 NAMES = ["fastkv", "fastkv-cuts", "asl", "gemfilter", "snapkv", "tova", "h2o", "adakv", "duoattention"]
 
 
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
+    "VLLM_PLUGINS": "fastkv,fastkv_status",  # what was kept last is noted
+}
+
+
 @pytest.fixture(scope="module")
 def on_two_ranks(checkpoint: Path) -> dict:
     """What came of each, asked of one engine."""
-    environment = os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if (os.cpu_count() or 1) > 1 else "0|0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the workers
-        "VLLM_PLUGINS": "fastkv,fastkv_status",  # what was kept last is noted
-    }
-    return run("tests.engine.tensor_parallel_run", str(checkpoint), *NAMES, "lazyllm", env=environment)
+    return run("tests.engine.tensor_parallel_run", str(checkpoint), *NAMES, "lazyllm", env=os.environ | ENVIRONMENT)
 
 
 @pytest.mark.slow
@@ -58,6 +60,12 @@ def test_the_same_rows_come_back(start, checkpoint, on_two_ranks):
     assert two["num_revived"] == expected.num_revived > 100
     first, second = two["selections"]
     assert first == second != []
+
+
+@pytest.mark.slow
+def test_two_ranks_draft_the_same_tokens(checkpoint):
+    """The subprocess has checked their answers against the reference."""
+    assert run("tests.engine.tensor_parallel_drafts_run", str(checkpoint), env=os.environ | ENVIRONMENT)["drafted"] > 0
 
 
 def require_same_answer(engine, two, method, settings):
