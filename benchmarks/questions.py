@@ -13,6 +13,7 @@ import openai
 
 from benchmarks.server import Server, sample_value
 from benchmarks.tiny_model.language import Example
+from fastkv_vllm.codecs import CODECS
 from fastkv_vllm.methods import CUT_BUDGETS, method_class
 
 CHECKPOINT = Path(__file__).parent / "tiny_model" / "checkpoint"
@@ -23,6 +24,7 @@ HEAD_SETTINGS = {
     "importance": {"head_weights": "benchmarks/tiny_model/heads.json"},
     "retrieval": {"head_weights": "benchmarks/tiny_model/duo.json", "num_sink": 4, "streaming_tokens": 68},
 }
+CHANNELS = "benchmarks/tiny_model/channels.json"  # which channels of this model's heads are alike
 SHARING = Path(__file__).parent / "tiny_model" / "sharing.json"  # which layers can read another's entries
 MERGING = Path(__file__).parent / "tiny_model" / "merging.json"  # pairs of layers, and what merging them does
 MAX_ANSWER_TOKENS = 20
@@ -50,6 +52,7 @@ def tiny_model_config(method: str) -> dict[str, Any]:
     return {
         **({"tsp_layer": TSP_LAYER} if cls.propagates and not finds_its_layer else {}),
         **HEAD_SETTINGS.get(cls.head_budgets, {}),
+        **({"channel_groups": CHANNELS} if cls.default_codec and CODECS[cls.default_codec].artefact else {}),
         **({"layer_owners": _owners(SHARING)} if cls.shares_layers else {}),
         **({"layer_owners": _owners(MERGING), "merge_limit": 1.0} if cls.default_merge_layers else {}),
     }

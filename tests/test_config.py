@@ -517,7 +517,9 @@ def test_sinks_that_stay_as_they_are_have_room_in_the_plan() -> None:
 
     Of 4096 tokens 124 blocks are encoded and four wait in the window: (30 + 3968 + 128) / 221 pages.
     """
-    config = CompressionConfig("kivi", codec="skvq", num_sink=5)
+    config = CompressionConfig("skvq")
+    assert (config.codec, config.retention_ratio, config.num_sink, config.residual_window) == ("skvq", 1.0, 5, 128)
+    assert config.encode_generated
     plan = config.plan(4096, 32, entry=ENTRY)
     assert isinstance(plan, PromptPlan)
     assert (plan.page_entries, plan.sink_places, plan.num_pages, plan.num_awaited) == (221, 30, 124, 128)
@@ -699,6 +701,8 @@ def test_round_trip_through_json(method: str, mapping: dict[str, Any]) -> None:
         config = dataclasses.replace(config, head_weights=((0.0, 1.0),) * 8)
     if method_class(method).shares_layers:
         config = dataclasses.replace(config, layer_owners=(0, 1, 2, 3, 4, 5, 6, 2))
+    if method == "skvq":
+        config = dataclasses.replace(config, channel_groups="none")
     filled = config.for_model(num_layers=8, num_kv_heads=2, max_model_len=2048)
     assert CompressionConfig(**json.loads(json.dumps(filled.to_mapping()))) == filled
 

@@ -9,6 +9,7 @@ import pytest
 
 from fastkv_vllm.adapter.conflicts import CONFLICTS
 from fastkv_vllm.adapter.metrics import BLOCK_TOKENS, COUNTERS, POOL_TOKENS, STASH_BYTES
+from fastkv_vllm.codecs import CODECS
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import CUT_BUDGETS, MODEL_BUDGETS, UNIFORM, method_class, method_names
 
@@ -67,7 +68,10 @@ def composition_table() -> str:
             "no" if config.uses_tsp or config.all_queries_vote else "yes",
             "any" if is_even else "up to the KV heads",
             "needed"
-            if cls.head_budgets in MODEL_BUDGETS or cls.shares_layers or cls.default_merge_layers is not None
+            if cls.head_budgets in MODEL_BUDGETS
+            or cls.shares_layers
+            or cls.default_merge_layers is not None
+            or (cls.default_codec is not None and CODECS[cls.default_codec].artefact is not None)
             else "TSP layer"
             if cls.propagates and cls.layer_budgets not in CUT_BUDGETS and cls.default_rank_variance is None
             else "no",

@@ -18,6 +18,7 @@ RATIOS = {
     "duoattention": 0.5,
     "dbudgetkv": 0.9,
     "kivi": 1.0,
+    "skvq": 1.0,
     "kvsharer": 1,
     "minicache": 1,
 }  # those for which a tenth is no budget

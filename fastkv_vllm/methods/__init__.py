@@ -30,6 +30,7 @@ from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
 from fastkv_vllm.methods.registry import method_class, method_names, register
 from fastkv_vllm.methods.settling import OBSERVED, RankWatch
+from fastkv_vllm.methods.skvq import SKVQ
 from fastkv_vllm.methods.snapkv import SnapKV
 from fastkv_vllm.methods.streamingllm import StreamingLLM
 from fastkv_vllm.methods.think import ThinK
@@ -48,6 +49,7 @@ __all__ = [
     "LAYER_BUDGETS",
     "MODEL_BUDGETS",
     "OBSERVED",
+    "SKVQ",
     "TOVA",
     "UNIFORM",
     "VATP",

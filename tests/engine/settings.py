@@ -91,7 +91,7 @@ ENCODED = {
 KIVI = {"min_tokens": 128, "codec": "kivi2", "residual_window": 40}
 ENCODING = {
     "kivi": ("kivi", KIVI),
-    "skvq": ("kivi", KIVI | {"codec": "skvq", "num_sink": 5, "channel_groups": CHANNELS}),
+    "skvq": ("skvq", {"min_tokens": 128, "residual_window": 40, "channel_groups": CHANNELS}),
     "fastkv-int8": (
         "fastkv",
         TSP
@@ -167,7 +167,7 @@ REQUESTS = {
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
     "kivi": ("kivi", KIVI | {"codec": "kivi4"}),
-    "kivi-skvq": ("kivi", KIVI | {"codec": "skvq", "num_sink": 5}),
+    "skvq": ("skvq", {"min_tokens": 128, "residual_window": 40}),
     "kvsharer": SHARING["kvsharer"],
     "fastkv-sharing": SHARING["fastkv-sharing"],
     "think": ("think", SMALL),
