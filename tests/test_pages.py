@@ -6,9 +6,11 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from fastkv_vllm.adapter.pages import ProbedLayout, RowLayout
+from fastkv_vllm.adapter.pages import FLOAT8, ProbedLayout, RowLayout
+from tests.reference.codecs import cut
 
 NUM_BLOCKS, NUM_HEADS = 7, 3
+FLOAT8_SCALES = 0.5, 0.0625  # of keys and of values
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Head dimensions, block sizes, types, and the layouts the writer knows: the one vLLM picks on this processor, the
@@ -176,9 +178,35 @@ def test_layout_is_a_permutation(dtype: torch.dtype) -> None:
 
 
 def test_a_writer_that_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_keys_only(key, value, key_cache, value_cache, slots, isa):
+    def write_keys_only(key, value, key_cache, value_cache, slots, isa, kv_cache_dtype):
         key_cache.copy_(key.transpose(0, 1).unsqueeze(0))
 
     monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", write_keys_only)
     with pytest.raises(RuntimeError, match="layout 'vec' of this vLLM does not store each element exactly once"):
         ProbedLayout.probe(block_size=32, head_dim=64, dtype=torch.float32, isa="vec")
+
+
+@pytest.mark.parametrize("cache_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(32, 32), (128, 64)])
+def test_entries_of_eight_bits(head_dim: int, block_size: int, dtype: torch.dtype, cache_dtype: str) -> None:
+    """What is read is what was written, cut down, but for the scale; moved entries are the same bytes."""
+    isa = _get_attn_isa(dtype, block_size, head_dim, cache_dtype)
+    layout = ProbedLayout.probe(block_size=block_size, head_dim=head_dim, dtype=dtype, isa=isa, cache_dtype=cache_dtype)
+    pages = torch.full((NUM_BLOCKS, NUM_HEADS, block_size, 2 * head_dim), 0x7F, dtype=torch.uint8)  # NaN
+    generator = torch.Generator().manual_seed(head_dim)
+    entries = torch.randn(2, 3 * block_size - 5, NUM_HEADS, head_dim, generator=generator).to(dtype)
+    blocks = torch.tensor([5, 0, 3])
+    slots = (blocks.unsqueeze(1) * block_size + torch.arange(block_size)).flatten()[: entries.shape[1]]
+    halves = pages.view(NUM_BLOCKS, NUM_HEADS, 2 * block_size, -1).chunk(2, dim=2)
+    scales = dict(zip(("k_scale", "v_scale"), FLOAT8_SCALES, strict=True))
+    ops.cpu_attn_reshape_and_cache(*entries, *halves, slots, isa, **scales, kv_cache_dtype=cache_dtype)
+    read = [each(pages, blocks, len(slots)) for each in (layout.read_keys, layout.read_values)]
+    for got, own, scale in zip(read, entries, FLOAT8_SCALES, strict=True):
+        assert torch.equal(got, cut(own.float() / scale, FLOAT8[cache_dtype]).to(dtype).transpose(0, 1))
+    chosen = torch.tensor([2, 3, block_size + 1, 2 * block_size + 7])
+    taken = layout.gather(pages, blocks, chosen.expand(NUM_HEADS, -1))
+    layout.write(pages, *taken, 4 * block_size + torch.arange(4))
+    moved = [each(pages, torch.tensor([4]), 4) for each in (layout.read_keys, layout.read_values)]
+    for got, before in zip(moved, read, strict=True):
+        assert torch.equal(got, before[:, chosen])

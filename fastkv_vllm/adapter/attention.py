@@ -211,7 +211,8 @@ class CompressionAttentionImpl(AttentionImpl):
             if attn_metadata.prefills or attn_metadata.decodes:
                 assert attn_metadata.compressor is not None, "set with the prefills"
                 layer_index, layout = _layer_index(layer.layer_name), attn_metadata.compressor.layout
-                rows = LayerRows(layer_index, self.scale, query, key, value, kv_cache, layout)
+                scale = self.scale if layout.float8 is None else self.scale * layer._k_scale_float
+                rows = LayerRows(layer_index, scale, query, key, value, kv_cache, layout)
                 attn_metadata.compressor.after_attention(attn_metadata.prefills, attn_metadata.decodes, rows)
         return output
 

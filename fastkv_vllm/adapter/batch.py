@@ -90,7 +90,7 @@ class LayerRows:
 
     Fields:
         layer: its index.
-        scale: softmax scale.
+        scale: of the products of queries and keys as they are read: the softmax scale, times that of stored keys.
         query: [T, Hq, D]; key, value: [T, H, D]: roped.
         kv_cache: the layer's cache, [num_blocks, H, block_size, 2 * D], with these rows written.
         layout: of its pages.
@@ -110,14 +110,14 @@ class LayerRows:
         return self.kv_cache.shape[1]
 
     def keys(self, prefill: PrefillRows) -> torch.Tensor:
-        """Keys of all entries of a prompt so far, [H, n, D]."""
-        if not prefill.start:
+        """Keys of all entries of a prompt so far, [H, n, D]; those of eight bits as the cache has them."""
+        if not prefill.start and self.layout.float8 is None:
             return self.key[prefill.rows].transpose(0, 1)
         return self.layout.read_keys(self.kv_cache, prefill.blocks, prefill.start + prefill.count)
 
     def values(self, prefill: PrefillRows) -> torch.Tensor:
         """Values of the same, [H, n, D]."""
-        if not prefill.start:
+        if not prefill.start and self.layout.float8 is None:
             return self.value[prefill.rows].transpose(0, 1)
         return self.layout.read_values(self.kv_cache, prefill.blocks, prefill.start + prefill.count)
 

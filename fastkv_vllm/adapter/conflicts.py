@@ -9,6 +9,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.selector import get_attn_backend
 
 from fastkv_vllm.adapter.backends import BACKENDS
+from fastkv_vllm.adapter.pages import FLOAT8
+from fastkv_vllm.codecs import NO_CODEC
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.methods import method_class
 
@@ -89,6 +91,23 @@ def _other_drafter(config: Any) -> str | None:
     return _unless(drafter is None or drafter.model == DRAFTER, "a speculative_config")
 
 
+def _cache_of_another_dtype(config: Any) -> str | None:
+    return _unless(config.cache_config.cache_dtype == "auto", f"kv_cache_dtype {config.cache_config.cache_dtype}")
+
+
+def _cache_not_served(config: Any) -> str | None:
+    if current_platform.is_cpu() and config.cache_config.cache_dtype in FLOAT8:
+        return _unless(not config.cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers")
+    return _cache_of_another_dtype(config)
+
+
+def _stores_otherwise(config: CompressionConfig) -> bool:
+    """Whether entries do not stay as the engine stored them, or are read by another layer than the one that did."""
+    cls = method_class(config.method)
+    shares = config.layer_owners is not None or config.merge_layers is not None or cls.shares_layers
+    return shares or cls.revives or config.codec != NO_CODEC
+
+
 def _other_than_tokens(config: Any) -> str | None:
     if config.model_config.is_multimodal_model:
         return "a model that reads images"
@@ -136,9 +155,9 @@ CONFLICTS = (
     ),
     Conflict("base models (not proven with adapters)", _given("lora_config"), "drop --enable-lora"),
     Conflict(
-        "a KV cache of the model's dtype",
-        lambda c: _unless(c.cache_config.cache_dtype == "auto", f"kv_cache_dtype {c.cache_config.cache_dtype}"),
-        "drop --kv-cache-dtype",
+        f"a KV cache of one dtype, the model's or (CPU) {', '.join(FLOAT8)}",
+        _cache_not_served,
+        "drop what asks for others",
     ),
     Conflict(
         "a cache per layer",
@@ -178,6 +197,12 @@ CONFLICTS = (
         lambda c: _unless(not c.cache_config.enable_prefix_caching, "prefix caching, which would skip some"),
         "drop --enable-prefix-caching",
         concerns=lambda config: config.all_queries_vote,
+    ),
+    Conflict(
+        "a KV cache of the model's dtype, to store entries by a codec, share or exchange them",
+        _cache_of_another_dtype,
+        'drop --kv-cache-dtype, or use another method, "codec": "none" and no layer_owners or merge_layers',
+        concerns=_stores_otherwise,
     ),
     Conflict(
         "each KV head on one rank only, to share a budget among heads",

@@ -81,18 +81,17 @@ def even_move(prefill: PrefillRows, kept: torch.Tensor, rows: LayerRows) -> Entr
     plan, layout, kv_cache = prefill.plan, rows.layout, rows.kv_cache
     offsets = torch.arange(plan.block_size)
     slots = (torch.tensor(prefill.destination).unsqueeze(1) * plan.block_size + offsets).flatten()
-    if prefill.start:
-        return EntryMove(layout, kv_cache, *layout.gather(kv_cache, prefill.blocks, kept), slots)
-    key, value = rows.key[prefill.rows], rows.value[prefill.rows]
-    index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
-    keys, values = key.gather(0, index), value.gather(0, index)
     if prefill.positions is not None and plan.num_tail:
         # The chosen rows were cached densely; the tail's true slots are still empty in this layer.
         tail = prefill.blocks[-1] * plan.block_size + offsets[: plan.num_tail]
-        keys = torch.cat([keys, key[-plan.num_tail :]])
-        values = torch.cat([values, value[-plan.num_tail :]])
         slots = torch.cat([slots, tail])
-    return EntryMove(layout, kv_cache, keys, values, slots)
+        columns = torch.arange(prefill.count - plan.num_tail, prefill.count)
+        kept = torch.cat([kept, columns.expand(len(kept), -1)], dim=1)
+    if prefill.start or layout.float8 is not None:
+        return EntryMove(layout, kv_cache, *layout.gather(kv_cache, prefill.blocks, kept), slots)
+    key, value = rows.key[prefill.rows], rows.value[prefill.rows]
+    index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
+    return EntryMove(layout, kv_cache, key.gather(0, index), value.gather(0, index), slots)
 
 
 def uneven_moves(

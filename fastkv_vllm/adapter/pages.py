@@ -7,7 +7,10 @@ from functools import cached_property
 import torch
 from vllm import _custom_ops as ops
 
-_BASE = 64  # digits of this base are exact in every cache dtype
+# vLLM's `--kv-cache-dtype` -> what the bytes of such a cache are.
+FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+_BASE = 8  # digits of this base are exact in every cache dtype, e5m2 with its three significant bits too
+_DIGITS = 7
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,13 @@ class PageLayout(ABC):
     block_size: int
     head_dim: int
 
+    @property
+    def float8(self) -> torch.dtype | None:
+        """Of the bytes that are stored, a key being what is read times the layer's scale; None: the model's dtype."""
+        return None
+
     def read_keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
-        """The first `num_entries` keys stored in `blocks`, [H, num_entries, D].
+        """The first `num_entries` keys stored in `blocks`, [H, num_entries, D], of the model's dtype.
 
         See `read_values` for the values.
 
@@ -43,7 +51,7 @@ class PageLayout(ABC):
     def gather(
         self, kv_cache: torch.Tensor, blocks: torch.Tensor, entries: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of chosen entries, each [K, H, D].
+        """Keys and values of chosen entries as they are stored, each [K, H, D].
 
         Args:
             kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
@@ -59,7 +67,7 @@ class PageLayout(ABC):
     def take(
         self, kv_cache: torch.Tensor, pages: torch.Tensor, within: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of entries by page, each [..., D].
+        """Keys and values of entries by page as they are stored, each [..., D].
 
         Args:
             kv_cache: [num_blocks, H, block_size, 2 * D]; page block * H + head.
@@ -72,7 +80,7 @@ class PageLayout(ABC):
 
         Args:
             kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D]; changed in place.
-            keys, values: [K, H, D].
+            keys, values: as they are stored, [K, H, D].
             slots: [K] int64, block id * block_size + offset.
         """
 
@@ -118,16 +126,22 @@ class ProbedLayout(PageLayout):
 
     Fields:
         isa: vLLM's name of the layout.
+        dtype: in which entries are read, the model's.
+        cache_dtype: "auto", or a key of FLOAT8.
         key_offsets, value_offsets: offsets inside a half, [block_size * head_dim] int64, entry-major.
     """
 
     isa: str
+    dtype: torch.dtype
+    cache_dtype: str
     key_offsets: torch.Tensor
     value_offsets: torch.Tensor
 
     @classmethod
-    def probe(cls, *, block_size: int, head_dim: int, dtype: torch.dtype, isa: str) -> "ProbedLayout":
-        """Layout of pages of this shape.
+    def probe(
+        cls, *, block_size: int, head_dim: int, dtype: torch.dtype, isa: str, cache_dtype: str = "auto"
+    ) -> "ProbedLayout":
+        """Layout of pages of this shape; fields of the class.
 
         Raises:
             RuntimeError: the op does not store each element once; this build of vLLM is not understood.
@@ -135,14 +149,21 @@ class ProbedLayout(PageLayout):
         size = block_size * head_dim
         ids = torch.arange(size)
         found = torch.zeros(2, size, dtype=torch.int64)
-        for power in range(4):
+        float8 = FLOAT8.get(cache_dtype)
+        for power in range(_DIGITS):
             digit = ((ids // _BASE**power) % _BASE).to(dtype).view(block_size, 1, head_dim)
-            page = torch.zeros(1, 1, 2 * block_size, head_dim, dtype=dtype)
-            _write(page, digit, digit, torch.arange(block_size), isa)
-            found += page.view(2, size).to(torch.int64) * _BASE**power
+            page = torch.zeros(1, 1, 2 * block_size, head_dim, dtype=torch.uint8 if float8 else dtype)
+            key_cache, value_cache = page.chunk(2, dim=2)
+            slots = torch.arange(block_size)
+            ops.cpu_attn_reshape_and_cache(digit, digit, key_cache, value_cache, slots, isa, kv_cache_dtype=cache_dtype)
+            found += page.view(float8 or dtype).view(2, size).float().to(torch.int64) * _BASE**power
         if not all(torch.equal(half.sort().values, ids) for half in found):
             raise RuntimeError(f"the cache layout {isa!r} of this vLLM does not store each element exactly once")
-        return cls(block_size, head_dim, isa, *(half.argsort() for half in found))
+        return cls(block_size, head_dim, isa, dtype, cache_dtype, *(half.argsort() for half in found))
+
+    @property
+    def float8(self) -> torch.dtype | None:
+        return FLOAT8.get(self.cache_dtype)
 
     def _read(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor) -> torch.Tensor:
         num_blocks, num_heads = kv_cache.shape[:2]
@@ -150,8 +171,10 @@ class ProbedLayout(PageLayout):
         shape = (len(blocks), num_heads, self.block_size, self.head_dim)
         strides = self._strides[part]
         if strides is None:
-            return halves[..., (self.key_offsets, self.value_offsets)[part]].view(shape)
-        return halves.as_strided(shape, (*halves.stride()[:2], *strides))
+            entries = halves[..., (self.key_offsets, self.value_offsets)[part]].view(shape)
+        else:
+            entries = halves.as_strided(shape, (*halves.stride()[:2], *strides))
+        return entries if self.float8 is None else entries.view(self.float8).to(self.dtype)
 
     @cached_property
     def _strides(self) -> list[tuple[int, int] | None]:
@@ -178,9 +201,11 @@ class ProbedLayout(PageLayout):
 
     def write(self, kv_cache: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         num_blocks, num_heads, block_size, _ = kv_cache.shape
-        _write(kv_cache.view(num_blocks, num_heads, 2 * block_size, -1), keys, values, slots, self.isa)
-
-
-def _write(halves: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str) -> None:
-    key_cache, value_cache = halves.chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
+        if self.float8 is None:
+            key_cache, value_cache = kv_cache.view(num_blocks, num_heads, 2 * block_size, -1).chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, self.isa)
+            return
+        flat, within = kv_cache.view(num_blocks * num_heads, 2, -1), slots % block_size
+        pages = (slots // block_size * num_heads).unsqueeze(1) + torch.arange(num_heads)
+        for half, (entries, offsets) in enumerate(((keys, self.key_offsets), (values, self.value_offsets))):
+            flat[pages.unsqueeze(2), half, offsets.view(block_size, -1)[within].unsqueeze(1)] = entries

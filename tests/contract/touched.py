@@ -42,6 +42,7 @@ MEMBERS = {
     "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": (
         "block_table max_seq_len seq_lens softmax_segm_expsum softmax_segm_max softmax_segm_output"
     ),
+    "vllm.v1.attention.backend:AttentionLayer": "_k_scale_float",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "clear_override",
     "vllm.v1.worker.utils:AttentionGroup": "get_metadata_builder",
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
@@ -67,7 +68,9 @@ MEMBERS = {
         "get_total_num_hidden_layers get_total_num_kv_heads is_hybrid is_multimodal_model max_model_len model "
         "runner_type served_model_name use_mla"
     ),
-    "vllm.config:CacheConfig": ("cache_dtype enable_prefix_caching kv_cache_memory_bytes kv_sharing_fast_prefill"),
+    "vllm.config:CacheConfig": (
+        "cache_dtype enable_prefix_caching kv_cache_dtype_skip_layers kv_cache_memory_bytes kv_sharing_fast_prefill"
+    ),
     "vllm.config:SchedulerConfig": "async_scheduling scheduler_cls",
     "vllm.config:ParallelConfig": (
         "data_parallel_size decode_context_parallel_size enable_dbo pipeline_parallel_size tensor_parallel_size "

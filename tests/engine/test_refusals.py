@@ -45,7 +45,27 @@ REFUSED = {
         "prompts of tokens alone, since it drafts tokens and got --enable-prompt-embeds",
     ),
     "lora": ({"enable_lora": True}, "base models (not proven with adapters) and got a lora_config"),
-    "dtype": ({"kv_cache_dtype": "fp8"}, "a KV cache of the model's dtype and got kv_cache_dtype fp8"),
+    "dtype": (
+        {"kv_cache_dtype": "int8_per_token_head"},
+        "a KV cache of one dtype, the model's or (CPU) fp8, fp8_e4m3, fp8_e5m2 and got kv_cache_dtype "
+        "int8_per_token_head",
+    ),
+    "dtypes": (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+        "a KV cache of one dtype, the model's or (CPU) fp8, fp8_e4m3, fp8_e5m2 and got --kv-cache-dtype-skip-layers",
+    ),
+    **{
+        f"fp8-{name}": (
+            {"kv_cache_dtype": "fp8", **arguments},
+            "a KV cache of the model's dtype, to store entries by a codec, share or exchange them and got "
+            "kv_cache_dtype fp8",
+        )
+        for name, arguments in {
+            "codec": {"kv_compression_config": {"codec": "int4"}},
+            "owners": {"kv_compression_config": {"layer_owners": [0, 0, 2, 3, 4, 5, 6, 7]}},
+            "revival": {"kv_compression": "lazyllm"},
+        }.items()
+    },
     "sharing": ({"kv_sharing_fast_prefill": True}, "a cache per layer and got --kv-sharing-fast-prefill"),
     "scheduler": ({"scheduler_cls": "other.Scheduler"}, "its own scheduler and got other.Scheduler"),
     "worker": ({"worker_cls": "other.Worker"}, "its own worker and got other.Worker"),
@@ -95,7 +115,7 @@ def test_a_conflict_is_refused(checkpoint, name):
     with pytest.raises(ValueError) as error:
         configure(checkpoint, **arguments)
     head, *lines = str(error.value).splitlines()
-    assert re.fullmatch("--kv-compression (snapkv|fastkv|gemfilter|adakv|h2o) cannot run:", head)
+    assert re.fullmatch("--kv-compression (snapkv|fastkv|gemfilter|adakv|h2o|lazyllm) cannot run:", head)
     assert len(lines) == 1 and lines[0].startswith(f"- it needs {sentence}") and "; " in lines[0], lines
 
 
@@ -109,7 +129,7 @@ def test_a_sliding_window_is_refused(tmp_path):
 
 
 def test_another_platform_is_refused(checkpoint, monkeypatch):
-    xpu = SimpleNamespace(device_name="xpu")
+    xpu = SimpleNamespace(device_name="xpu", is_cpu=lambda: False)
     monkeypatch.setattr(conflicts, "current_platform", xpu)
     with pytest.raises(ValueError, match=r"it needs vLLM on a CPU or on a GPU by CUDA and got platform xpu; serve it"):
         configure(checkpoint)
@@ -138,7 +158,7 @@ def test_each_conflict_has_a_test():
 
 def test_all_conflicts_are_named_at_once(checkpoint):
     with pytest.raises(ValueError) as error:
-        configure(checkpoint, enable_lora=True, kv_cache_dtype="fp8")
+        configure(checkpoint, enable_lora=True, kv_cache_dtype="int8_per_token_head")
     assert len(str(error.value).splitlines()) == 3
 
 

@@ -79,6 +79,14 @@ def e4m3(x: Tensor) -> Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
+def cut(x: Tensor, float8: torch.dtype) -> Tensor:
+    """Numbers as vLLM's CPU cache of eight bits has them: the nearest that is no larger in size."""
+    largest = torch.finfo(float8).max
+    rounded = x.float().clamp(-largest, largest).to(float8)
+    is_larger = rounded.float().abs() > x.float().abs()
+    return (rounded.view(torch.uint8) - is_larger.to(torch.uint8)).view(float8)
+
+
 def channel_parts(queries: Tensor, keys: Tensor) -> list[float]:
     """How much each channel adds to the logits of queries [n, D] and keys [N, D]: norm of those it alone makes.
 

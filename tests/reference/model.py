@@ -84,7 +84,10 @@ class ReferenceModel:
     from transformers, see `images`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kv_cache: tuple[str, float, float] = ("auto", 1.0, 1.0)) -> None:
+        """kv_cache: what the cache cuts all entries down to before anyone reads them, "auto": nothing; its scales."""
+        kind, *self.scales = kv_cache
+        self.float8 = {"auto": None, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[kind]
         config = json.loads((Path(directory) / "config.json").read_text())
         has_images = "vision_config" in config
         config = config["text_config"] if has_images else config
@@ -332,7 +335,12 @@ class ReferenceModel:
             queries = self._norm(queries, weights["q_norm.weight"])
             keys = self._norm(keys, weights["k_norm.weight"])
         queries, keys, values = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
-        return self._rope(queries, positions), self._rope(keys, positions), values
+        keys = self._rope(keys, positions)
+        keys, values = (self._cached(*part) for part in zip((keys, values), self.scales, strict=True))
+        return self._rope(queries, positions), keys, values
+
+    def _cached(self, x: Tensor, scale: float) -> Tensor:
+        return x if self.float8 is None else tests.reference.codecs.cut(x / scale, self.float8).float() * scale
 
     def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate the pairs (i, i + D/2) of each row by its position; x is [heads, n, D]."""

@@ -15,7 +15,13 @@ from fastkv_vllm.adapter.pages import ProbedLayout
 
 class CPUCompressionBuilder(CompressionMetadataBuilder, CPUAttentionMetadataBuilder):
     def page_layout(self, dtype: torch.dtype) -> ProbedLayout:
-        return ProbedLayout.probe(block_size=self.block_size, head_dim=self.head_dim, dtype=dtype, isa=self.isa)
+        return ProbedLayout.probe(
+            block_size=self.block_size,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            isa=self.isa,
+            cache_dtype=self.kv_cache_dtype,
+        )
 
     def for_heads(self) -> "CPUCompressionBuilder":
         builder = copy.copy(self)

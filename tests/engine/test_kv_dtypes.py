@@ -1,0 +1,53 @@
+"""vLLM's own eight-bit caches: the tokens of a reference that cuts entries down before anyone reads or rates them."""
+
+from itertools import count
+
+import pytest
+
+from tests.engine import oracle
+from tests.engine.oracle import is_clear, make_prompts
+from tests.engine.requests import ask, filled
+from tests.engine.settings import EVICTING, SMALL
+from tests.reference import make_checkpoint
+
+CONFIG = SMALL | {"retention_ratio": 0.3}
+CUT = CONFIG | {"tsp_layer": 0, "tsp_ratio": 0.6}
+ASKED = {
+    "snapkv": ("snapkv", CONFIG),
+    "fastkv": ("fastkv", CUT),
+    "fastkv-adaptive": ("fastkv", CUT | {"head_budgets": "adaptive", "value_norms": True}),
+    "h2o": ("h2o", CONFIG | EVICTING),
+    "adakv-evicting": ("adakv", CONFIG | EVICTING),
+    "none": ("none", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory):
+    """With more of them float noise would decide in each prompt which of two numbers some entry becomes."""
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "llama", "llama", num_layers=2)
+
+
+@pytest.fixture(params=[("fp8", 0.5, 0.25), ("fp8_e5m2", 1.0, 1.0)], ids=lambda param: param[0], scope="module")
+def engine(request, start, two_layers):
+    kind, k_scale, v_scale = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "KV_CACHE", request.param)
+        settings = CUT | {"max_tsp_tokens": 1024}
+        engine = start("fastkv", settings, checkpoint=two_layers, kv_cache_dtype=kind, max_model_len=512)
+        for layer in engine.core.vllm_config.compilation_config.static_forward_context.values():
+            layer._k_scale_float, layer._v_scale_float = k_scale, v_scale  # as from a checkpoint that has them
+        yield engine
+
+
+@pytest.mark.parametrize("step_tokens", [61, 2048])
+def test_entries_of_eight_bits(engine, step_tokens):
+    """In chunks and in one, side by side; the block that fills up while decoding is chosen from, too."""
+    asked = []
+    for number, (method, settings) in enumerate(ASKED.values()):
+        config, length = filled(method, settings), 154 + number
+        prompts = (make_prompts([length], seed=seed)[0] for seed in count(100 * number))
+        found = next(p for p in prompts if is_clear(engine.checkpoint, config, p, 10, length))
+        asked.append((found, method, settings))
+    with engine.step_tokens(step_tokens), engine.watch():
+        ask(engine, asked, 10)
