@@ -8,7 +8,7 @@ beside it, so that no figure is written by hand:
 | `command REPORT` | the command that made a report |
 | `machine REPORT` | what it ran on |
 | `table quality PROTOCOL` (`quality_cuts`, `quality_codecs`, `quality_guard`) | a table |
-| `table speed SCENARIO`, `table oracle` (`differences`, `kvpress`, `roofline`) | a table |
+| `table speed SCENARIO`, `table oracle` (`differences`, `kvpress`, `roofline`, `soak`) | a table |
 | `speed CASE SETUP FIGURE [ratio]` | a median of the speed report, or its ratio to plain vLLM |
 | `quality METHOD TASK LENGTH PROTOCOL [2+]` | a mean score |
 """
@@ -58,7 +58,7 @@ def table(kind: str, name: str = "") -> str:
         return dict(quality.tables(read(kind)))[name]
     if kind == "speed":
         return dict(speed_tables(read("speed")))[SCENARIOS[name].title]
-    tables = {"oracle": _oracle, "differences": _differences, "kvpress": _kvpress, "roofline": _roofline}
+    tables = {"oracle": _oracle, "differences": _differences, "kvpress": _kvpress, "roofline": _roofline, "soak": _soak}
     return tables[kind]()
 
 
@@ -126,6 +126,25 @@ def _kvpress() -> str:
 def _roofline() -> str:
     rows, notes = compare_measured(RESULTS)
     return "\n".join([*(f"{note}\n" for note in notes), comparison_table(rows, "measured")])
+
+
+def _soak() -> str:
+    rows = []
+    for name, entry in read("soak")["servers"].items():
+        acts, metrics, memory = entry["acts"], entry["metrics"], entry["memory_mib"]
+        compressed = sum(count for metric, count in metrics.items() if metric.startswith("compressed by"))
+        rows.append(
+            [
+                "plain vLLM" if name == "none" else name,
+                *(str(acts[act]) for act in ("read to the end", "left")),
+                *(f"{count:.0f}" for count in (compressed, metrics["num_preemptions"], metrics["prefix_cache_hits"])),
+                f"{memory[1]:.0f} -> {memory[-1]:.0f}",
+                f"{len(entry['wrong'])} of {acts['sent again']}",
+            ]
+        )
+    clients = ["read to the end", "went away"]
+    header = ["server", *clients, "compressed", "preempted", "tokens from the cache", "MiB", "wrong when sent again"]
+    return format_table(header, rows)
 
 
 FILL = {"command": command, "machine": machine, "table": table, "speed": speed, "quality": score}

@@ -1,8 +1,9 @@
-"""Thousands of requests of all kinds to one real server: nothing is lost, nothing is wrong, memory stays flat.
+"""Thousands of requests of all kinds to one real server: nothing lost, nothing wrong, memory grows like plain vLLM's.
 
 python -m benchmarks.soak [--requests 5000] [--seed 0] [--json FILE]
 
-Half of the requests go to a server with prefix caching (snapkv), half to one that sends fewer rows on (fastkv). Their
+Half of the requests go to a server with prefix caching (snapkv), half to one that sends fewer rows on (fastkv); the
+former also go to plain vLLM, whose worker keeps something for each number of rows it meets first. Their
 lengths, methods, settings and answers' lengths are drawn from the seed; some clients go away before the first token or
 in the middle of the answer; prompts come again; the pool is so small that requests are preempted. After each part of
 the requests the server is left idle, when it must hold no block (it ends itself where it lost one); at the end it gets
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,12 @@ FLAGS = (
     *("--max-model-len", "2048", "--max-num-seqs", "12", "--max-num-batched-tokens", "700", "--enforce-eager"),
     *("--num-gpu-blocks-override", "160", "--dtype", "float32", "--disable-uvicorn-access-log"),
 )
-SERVERS = {"snapkv": "--enable-prefix-caching", "fastkv": "--no-enable-prefix-caching"}
+PLAIN = "none"
+SERVERS = {
+    PLAIN: "--enable-prefix-caching",  # the first: the others' memory is held against it
+    "snapkv": "--enable-prefix-caching",
+    "fastkv": "--no-enable-prefix-caching",
+}
 SETTINGS: dict[str, Any] = {"retention_ratio": 0.1, "min_tokens": 256}
 # Of a server whose requests may ask for lazyllm: rows of its three cuts.
 PROPAGATING = SETTINGS | {"tsp_layer": TSP_LAYER, "max_tsp_tokens": 3 * 2048}
@@ -67,7 +73,7 @@ CHOICES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("a2sf", {}),
     ],
 }
-MOST_GROWTH = 1.1  # of the server's memory, from the second part to the last
+MOST_GROWTH = 1.05  # of the server's memory, from the second part to the last, against plain vLLM's
 TOLERANCE = 0.02  # of a logprob in float32, which may differ by this between batches
 
 
@@ -163,10 +169,10 @@ def differs(told: Told, again: Told, tolerance: float = TOLERANCE) -> str | None
     return None
 
 
-def growth(memory: Sequence[float]) -> str | None:
-    """Where memory after the parts grows beyond what caches that fill explain; None: it does not."""
-    first, last = memory[min(1, len(memory) - 1)], memory[-1]
-    return f"memory: {last} MiB, once {first} MiB" if last > MOST_GROWTH * first else None
+def growth(memory: Sequence[float], plain: Sequence[float]) -> str | None:
+    """Where memory after the parts grows more than plain vLLM's under the same load; None: it does not."""
+    ours, theirs = (of[-1] / of[min(1, len(of) - 1)] for of in (memory, plain))
+    return f"memory: {ours:.3f} times what it was, plain vLLM {theirs:.3f}" if ours > MOST_GROWTH * theirs else None
 
 
 def memory_mib(server: Server) -> float:
@@ -224,18 +230,31 @@ def soak(
             if again is not None and (difference := differs(answer, again, tolerance)):
                 wrong.append(f"{ask}: {difference}")
     wait_until_idle(server)
-    if grown := growth(memory):
-        wrong.append(grown)
     return {"acts": dict(acts), "memory_mib": memory, "wrong": wrong, "metrics": _figures(server)}
 
 
 def _figures(server: Server) -> dict[str, float]:
     samples = server.metrics()
     names = ("num_preemptions", "prefix_cache_hits", "generation_tokens")
-    compressed = {sample.labels["method"]: sample.value for sample in samples["vllm:fastkv_requests_compressed_total"]}
+    by_method = samples.get("vllm:fastkv_requests_compressed_total", [])
+    compressed = {sample.labels["method"]: sample.value for sample in by_method}
     return {name: sample_value(samples, f"vllm:{name}_total") for name in names} | {
         f"compressed by {name}": value for name, value in compressed.items()
     }
+
+
+def _asks(name: str, seed: int, count: int) -> list[Ask]:
+    """Requests of a server; plain vLLM's are the first one's, without a method."""
+    if name == PLAIN:
+        return [replace(draw(seed, number, "snapkv"), method=None, settings={}) for number in range(count)]
+    return [draw(seed, number, name) for number in range(count)]
+
+
+def _served(name: str) -> dict[str, Any]:
+    """Method and settings of a server."""
+    if name == PLAIN:
+        return {}
+    return {"method": name, "config": PROPAGATING if name == "fastkv" else SETTINGS}
 
 
 def main() -> None:
@@ -254,10 +273,11 @@ def main() -> None:
         "servers": {},
     }
     for name, caching in SERVERS.items():
-        asks = [draw(args.seed, number, name) for number in range(args.requests // len(SERVERS))]
-        config = PROPAGATING if name == "fastkv" else SETTINGS
-        with serve(CHECKPOINT, method=name, config=config, extra=(*FLAGS, caching)) as server:
-            report["servers"][name] = soak(server, asks)
+        asks = _asks(name, args.seed, args.requests // len(CHOICES))
+        with serve(CHECKPOINT, **_served(name), extra=(*FLAGS, caching)) as server:
+            entry = report["servers"][name] = soak(server, asks)
+        if grown := growth(entry["memory_mib"], report["servers"][PLAIN]["memory_mib"]):
+            entry["wrong"].append(grown)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

@@ -35,10 +35,16 @@ def test_a_wrong_answer_is_told(again, is_same):
 
 
 @pytest.mark.parametrize(
-    ("memory", "grows"), [([900, 1000, 1050, 1090], False), ([900, 1000, 1050, 1110], True), ([1000], False)]
+    ("memory", "plain", "grows"),
+    [
+        ([900, 1000, 1050, 1090], [800, 1000, 1060], False),
+        ([900, 1000, 1050, 1120], [800, 1000, 1060], True),
+        ([900, 1000, 1050, 1120], [800, 1000, 1100], False),
+        ([1000], [1000], False),
+    ],
 )
-def test_memory_that_grows_is_told(memory, grows):
-    assert (growth(memory) is not None) == grows
+def test_memory_that_grows_more_than_plain_vllms_is_told(memory, plain, grows):
+    assert (growth(memory, plain) is not None) == grows
 
 
 @pytest.mark.parametrize("max_tokens", [2, 3])
