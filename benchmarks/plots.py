@@ -5,6 +5,7 @@ Draws what the reports in benchmarks/results/ hold and nothing else; docs/result
 | file | from | shows |
 |---|---|---|
 | pareto | curve.json | score by retention ratio, one panel per task and protocol |
+| tradeoff | tradeoff.json | score by bytes held, one line per codec, one panel per task |
 | needles | quality.json | score by prompt length and the needle's depth, one panel per method |
 | ttft | speed.json | time to first token by prompt length |
 | decode | speed.json | time of a decode step by prompt length |
@@ -24,6 +25,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+
+from fastkv_vllm.codecs import NO_CODEC
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
@@ -73,6 +76,45 @@ def _pareto_panel(axes: Axes, cells: Sequence[dict[str, Any]], methods: Sequence
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{ratio:g}" for ratio in ratios], rotation=45, fontsize=7)
     axes.grid(axis="y", lw=0.3)
+
+
+def tradeoff(report: dict[str, Any]) -> Figure:
+    """Score by the share of the prompt's bytes that is held: fewer entries, or the same ones stored smaller."""
+    rows = report["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    codecs = list(dict.fromkeys(row["config"].get("codec", NO_CODEC) for row in rows if row["method"] != PLAIN))
+    names = {NO_CODEC: "16 bits"}
+    figure, grid = plt.subplots(1, len(tasks), figsize=(4.0 * len(tasks), 3.4), sharey=True, squeeze=False)
+    for axes, task in zip(grid.flat, tasks, strict=True):
+        for plain in _select(rows, task=task, method=PLAIN):
+            axes.axhline(plain["mean"], label="plain vLLM", **{**PLAIN_STYLE, "lw": 1.2})
+        cells = [row for row in _select(rows, task=task) if row["method"] != PLAIN]
+        for codec, colour, marker in zip(codecs, COLOURS, MARKERS, strict=False):
+            points = sorted(
+                (row for row in cells if row["config"].get("codec", NO_CODEC) == codec),
+                key=lambda row: (row["held"], row["kept"]),
+            )
+            spread = [[max(0, r[a] - r[b]) for r in points] for a, b in (("mean", "low"), ("high", "mean"))]
+            x, y = [r["held"] for r in points], [r["mean"] for r in points]
+            axes.errorbar(
+                x,
+                y,
+                yerr=spread,
+                color=colour,
+                marker=marker,
+                ms=4,
+                lw=1.2,
+                elinewidth=0.6,
+                label=names.get(codec, codec),
+            )
+        axes.set(xscale="log", ylim=(-0.04, 1.06), title=task, xlabel="bytes held (share of plain vLLM's)")
+        axes.xaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.4, 0.8]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(lw=0.3)
+    grid.flat[0].set_ylabel("score (share of answers exactly right)")
+    _legend(figure, grid.flat[0])
+    return figure
 
 
 def needles(report: dict[str, Any]) -> Figure:
@@ -187,6 +229,7 @@ def _select(rows: Sequence[dict[str, Any]], **wanted: str) -> list[dict[str, Any
 
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "pareto": ("curve.json", pareto),
+    "tradeoff": ("tradeoff.json", tradeoff),
     "needles": ("quality.json", needles),
     "ttft": ("speed.json", ttft),
     "decode": ("speed.json", decode),

@@ -208,8 +208,26 @@ def count_compressed(contender: Contender, num_compressed: Sequence[int]) -> int
     """How many prompts the contender's settings compress; the others are left alone, as short ones are."""
     if contender.is_plain:
         return 0
+    return sum(plan is not None for plan in _plans(contender, num_compressed))
+
+
+def share_held(contender: Contender, num_compressed: Sequence[int]) -> float:
+    """Mean share of the prompts' whole blocks that stay: the bytes held against those of plain vLLM.
+
+    Args:
+        num_compressed: leading tokens to compress, of each prompt.
+    """
+    if contender.is_plain:
+        return 1.0
+    shares = [p.num_stored_blocks / p.num_whole_blocks if p else 1.0 for p in _plans(contender, num_compressed)]
+    return sum(shares) / len(shares)
+
+
+def _plans(contender: Contender, num_compressed: Sequence[int]) -> list[PromptPlan | None]:
+    """The plan of each prompt; None: it is left alone."""
     config = CompressionConfig.from_mapping(contender.method, contender.config)
-    return sum(isinstance(config.plan(n, BLOCK_SIZE, entry=contender.entry), PromptPlan) for n in num_compressed)
+    plans = [config.plan(n, BLOCK_SIZE, entry=contender.entry) for n in num_compressed]
+    return [plan if isinstance(plan, PromptPlan) else None for plan in plans]
 
 
 def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -225,7 +243,9 @@ def make_rows(contender: Contender, scored: Sequence[Scored], plain: Sequence[di
         row = {"method": contender.method, "config": contender.config, **asdict(cell)}
         row |= asdict(summarise([s.score for s in members]))
         row["ratio_to_plain"] = row["mean"] / plain_means[cell] if plain_means.get(cell) else None
-        row["compressed"] = count_compressed(contender, [s.prompt.num_compressed for s in members])
+        num_compressed = [s.prompt.num_compressed for s in members]
+        row["compressed"] = count_compressed(contender, num_compressed)
+        row["held"] = share_held(contender, num_compressed)
         row["kept"] = sum(s.answer.kept for s in members) / len(members)
         row["truncated"] = sum(s.prompt.is_truncated for s in members)
         if all("depth" in s.prompt.question.meta for s in members):

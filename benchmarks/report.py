@@ -7,7 +7,7 @@ beside it, so that no figure is written by hand:
 |---|---|
 | `command REPORT` | the command that made a report |
 | `machine REPORT` | what it ran on |
-| `table quality PROTOCOL` (`quality_cuts`, `quality_codecs`, `quality_guard`) | a table |
+| `table quality PROTOCOL` (`quality_cuts`, `quality_codecs`, `quality_guard`, `tradeoff`) | a table |
 | `table speed SCENARIO`, `table oracle` (`differences`, `kvpress`, `roofline`, `soak`) | a table |
 | `speed CASE SETUP FIGURE [ratio]` | a median of the speed report, or its ratio to plain vLLM |
 | `quality METHOD TASK LENGTH PROTOCOL [2+]` | a mean score |
@@ -54,7 +54,7 @@ def machine(name: str) -> str:
 
 def table(kind: str, name: str = "") -> str:
     """Markdown of a table."""
-    if kind in ("quality", "quality_cuts", "quality_codecs", "quality_guard"):
+    if kind in ("quality", "quality_cuts", "quality_codecs", "quality_guard", "tradeoff"):
         return dict(quality.tables(read(kind)))[name]
     if kind == "speed":
         return dict(speed_tables(read("speed")))[SCENARIOS[name].title]
