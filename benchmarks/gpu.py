@@ -35,10 +35,12 @@ from benchmarks.roofline import MODELS
 from benchmarks.speed.load import FP8, PLAIN, SNAPKV, Load, Setup
 from benchmarks.speed.summary import FIGURES, summarise
 from benchmarks.table import format_table
+from fastkv_vllm.codecs.affine import CHANNELS
 from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.kernels.compact import compact
 from fastkv_vllm.kernels.page_tables import page_tables
 from fastkv_vllm.kernels.propagate import gather_stream
+from fastkv_vllm.kernels.quantise import dequantise, quantise
 from fastkv_vllm.kernels.select import select
 from fastkv_vllm.kernels.window_scores import paged_window_scores
 
@@ -132,6 +134,7 @@ def kernel_cases(device: torch.device, num_tokens: int) -> list[KernelCase]:
             3 * len(chosen) * shape.hidden_size * 2,
             lambda: (hidden + residual)[chosen],
         ),
+        *_quantise_cases(keys),
     ]
 
 
@@ -160,6 +163,29 @@ def _compact_case(pages: torch.Tensor, heads: int, num_tokens: int, num_kept: in
         2 * sources.numel() * pages.shape[-1] * pages.element_size(),
         by_torch,
     )
+
+
+def _quantise_cases(keys: torch.Tensor) -> list[KernelCase]:
+    """The keys of a layer as codec int4 stores them, and back."""
+    groups = keys.flatten(0, 1).unflatten(1, (-1, CHANNELS))
+    data = quantise(groups, 4)
+    shape = f"{keys.shape[0]} heads, {keys.shape[1]} tokens"
+    return [
+        KernelCase(
+            "quantise",
+            f"{shape}, to 4 bits",
+            lambda: quantise(groups, 4),
+            groups.numel() * groups.element_size() + data.numel(),
+            lambda: quantise(groups, 4, impl="reference"),
+        ),
+        KernelCase(
+            "quantise",
+            f"{shape}, back",
+            lambda: dequantise(data, 4),
+            data.numel() + groups.numel() * 4,
+            lambda: dequantise(data, 4, impl="reference"),
+        ),
+    ]
 
 
 def _page_tables_case(device: torch.device, num_layers: int, heads: int, num_blocks: int) -> KernelCase:

@@ -227,5 +227,5 @@ def test_bad_groups_are_refused() -> None:
         quantise(torch.zeros(3), 4)
     with pytest.raises(ValueError, match="uint8"):
         dequantise(torch.zeros(8), 4)
-    with pytest.raises(ValueError, match="impl must be one of reference; got 'triton'"):
+    with pytest.raises(ValueError, match="impl='triton' needs tensors on a GPU"):
         quantise(torch.zeros(8), 4, impl="triton")

@@ -26,12 +26,13 @@ def quantise(groups: torch.Tensor, num_bits: int, *, impl: str | None = None) ->
     """Asymmetric round-to-nearest quantisation of groups of numbers.
 
     minimum = float16(min x), step = float16((max x - minimum) / (2^bits - 1)),
-    code = clamp(round((x - minimum) / step), 0, 2^bits - 1), halves to even; all codes are 0 where step is 0.
+    code = clamp(round((x - minimum) / step), 0, 2^bits - 1), halves to even; all codes are 0 where step is not
+    above 0. Minimum and step are never -0.0. Each implementation gives the same bits.
 
     Args:
         groups: [..., G], any floating dtype; each within float16's range.
         num_bits: of a code: 2, 4 or 8.
-        impl: "reference" or None.
+        impl: see `implementations.choose`.
 
     Returns:
         [..., 4 + G * num_bits / 8] uint8: minimum, step, codes, the first of a byte in its lowest bits.
@@ -42,17 +43,20 @@ def quantise(groups: torch.Tensor, num_bits: int, *, impl: str | None = None) ->
     Source: KIVI, arXiv 2402.02750, section 3.1; rounding and float16 are ours.
     """
     group_bytes(groups.shape[-1], num_bits)
-    choose("reference" if impl is None else impl, groups.device, among=("reference",))
-    return quantise_reference(groups, num_bits)
+    if choose(impl, groups.device) == "reference":
+        return quantise_reference(groups, num_bits)
+    from fastkv_vllm.kernels.quantise.triton import quantise_triton
+
+    return quantise_triton(groups, num_bits)
 
 
 def dequantise(data: torch.Tensor, num_bits: int, *, impl: str | None = None) -> torch.Tensor:
-    """Numbers of quantised groups: code * step + minimum, in float32.
+    """Numbers of quantised groups: code * step + minimum, in float32, the same bits from each implementation.
 
     Args:
         data: [..., 4 + G * num_bits / 8] uint8, as `quantise` gives it.
         num_bits: of a code.
-        impl: "reference" or None.
+        impl: see `implementations.choose`.
 
     Returns:
         [..., G] float32.
@@ -63,5 +67,8 @@ def dequantise(data: torch.Tensor, num_bits: int, *, impl: str | None = None) ->
     if data.dtype != torch.uint8 or data.shape[-1] <= HEADER:
         raise ValueError(f"data must be uint8 [..., more than {HEADER}]; got {data.dtype} {list(data.shape)}")
     group_bytes((data.shape[-1] - HEADER) * 8 // num_bits, num_bits)
-    choose("reference" if impl is None else impl, data.device, among=("reference",))
-    return dequantise_reference(data, num_bits)
+    if choose(impl, data.device) == "reference":
+        return dequantise_reference(data, num_bits)
+    from fastkv_vllm.kernels.quantise.triton import dequantise_triton
+
+    return dequantise_triton(data, num_bits)

@@ -6,8 +6,9 @@ import torch
 def quantise_reference(groups: torch.Tensor, num_bits: int) -> torch.Tensor:
     """See `quantise`; arguments are taken as checked."""
     x, top = groups.float(), 2**num_bits - 1
-    low = x.amin(dim=-1, keepdim=True).half()
-    step = ((x.amax(dim=-1, keepdim=True) - low) / top).half()
+    # Adding 0 makes zeros positive: which zero of a group is least is not defined.
+    low = x.amin(dim=-1, keepdim=True).half().add_(0.0)
+    step = ((x.amax(dim=-1, keepdim=True) - low) / top).half().add_(0.0)
     # A minimum rounded up leaves numbers below it: they are clamped to it.
     scaled = torch.where(step > 0, (x - low) / step, 0)
     codes = scaled.round_().clamp_(0, top).to(torch.uint8)
@@ -16,7 +17,8 @@ def quantise_reference(groups: torch.Tensor, num_bits: int) -> torch.Tensor:
 
 def dequantise_reference(data: torch.Tensor, num_bits: int) -> torch.Tensor:
     """See `dequantise`; arguments are taken as checked."""
-    low, step = data[..., :4].contiguous().view(torch.float16).float().unbind(dim=-1)
+    header = data[..., :4].clone(memory_format=torch.contiguous_format)  # a single group may begin at an odd byte
+    low, step = header.view(torch.float16).float().unbind(dim=-1)
     codes = _unpack(data[..., 4:], num_bits)
     return codes.float().mul_(step.unsqueeze(-1)).add_(low.unsqueeze(-1))
 
