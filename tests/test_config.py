@@ -551,15 +551,20 @@ def test_channels_are_measured_unless_the_user_says_otherwise() -> None:
 
 
 def test_tokens_are_drafted_where_entries_read_two_ways() -> None:
+    config = CompressionConfig("quantspec")
+    assert (config.codec, config.retention_ratio, config.encode_generated) == ("int4x2", 1.0, False)
+    assert (config.draft_tokens, config.residual_window) == (5, 128)
+    assert CompressionConfig("quantspec", codec="int8").draft_tokens == 0
+    assert CompressionConfig("quantspec", encode_generated=True).draft_tokens == 0
     assert CompressionConfig("adakv", codec="int4x2").draft_tokens == 0, "only where it is asked for"
     assert CompressionConfig("adakv", codec="int4x2", draft_tokens=3).draft_tokens == 3
     for wished, rule in (
         ({"codec": "int8", "draft_tokens": 2}, "0 with codec 'int8', which has no coarser view"),
-        ({"codec": "int4x2", "encode_generated": True, "draft_tokens": 2}, "0 where what is generated is encoded"),
-        ({"codec": "int4x2", "draft_tokens": 65}, "at most 64"),
+        ({"encode_generated": True, "draft_tokens": 2}, "0 where what is generated is encoded"),
+        ({"draft_tokens": 65}, "at most 64"),
     ):
         with pytest.raises(ValueError, match=f"draft_tokens must be {rule}"):
-            CompressionConfig("snapkv", **wished)
+            CompressionConfig("quantspec", **wished)
 
 
 def test_what_is_generated_is_encoded_where_all_heads_keep_as_many() -> None:

@@ -19,6 +19,7 @@ RATIOS = {
     "dbudgetkv": 0.9,
     "kivi": 1.0,
     "skvq": 1.0,
+    "quantspec": 1.0,
     "kvsharer": 1,
     "minicache": 1,
 }  # those for which a tenth is no budget

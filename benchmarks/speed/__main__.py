@@ -17,6 +17,7 @@ engine whose counters say that it did something else than its configuration says
 | decode | a decode step of 4 x 8192 tokens; eager, in process |
 | tpot | a decode step by requests and prompt tokens: batches of 4; those of 1 are ttft's; eager, in process |
 | methods | first token, blocks and decode step of each method; eager, in process |
+| drafts | decode with and without drafts, and how many are accepted, on the tiny model's questions; eager, in process |
 | streaming | first token and most blocks held where heads let go while a prompt is read; eager, in process |
 | ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, all in one engine |
 | load | `vllm serve` under `vllm bench serve`, by requests under way, in a pool of fixed bytes; eager |
@@ -33,6 +34,7 @@ engine whose counters say that it did something else than its configuration says
 | pyramidkv, adakv | retention 0.1, budgets by layer, by head |
 | streamingllm and later | retention 0.1 or the method's own default |
 | snapkv, head by head | snapkv's even budget read as adakv's is: what that path itself costs |
+| quantspec | eight bits of which four draft five tokens at a time; its own defaults |
 | fp8 | vLLM's own --kv-cache-dtype fp8, twice the blocks where the pool is fixed |
 
 A case (`ttft-8192`) may be named instead of its scenario. With --json the file is written after each case, and cases

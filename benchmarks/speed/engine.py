@@ -25,6 +25,7 @@ class Outcome:
         first_token_cpu_s, first_token_wall_s: from the first request's arrival to the first token.
         decode_cpu_s: CPU seconds in steps without prompt tokens.
         decode_tokens: tokens made in those steps.
+        drafted, accepted: tokens drafted, and those of them accepted, in those steps.
         step_ms: median CPU milliseconds of the steps that decode all requests at once; None: there was none.
         score_s, select_s, compact_s: wall seconds the worker spent scoring, selecting and moving entries.
         peak_blocks: most blocks held at a time until the first token, looked at after each allocation.
@@ -45,6 +46,8 @@ class Outcome:
     first_token_wall_s: float
     decode_cpu_s: float
     decode_tokens: int
+    drafted: int
+    accepted: int
     step_ms: float | None
     score_s: float
     select_s: float
@@ -216,7 +219,9 @@ def _outcome(
         first_token_cpu_s=cpu_s,
         first_token_wall_s=wall_s,
         decode_cpu_s=sum(seconds for _, seconds in followed.decodes),
-        decode_tokens=sum(count for count, _ in followed.decodes),
+        decode_tokens=sum(count for count, _ in followed.decodes) + followed.accepted,
+        drafted=followed.drafted,
+        accepted=followed.accepted,
         step_ms=followed.step_ms,
         score_s=score_s,
         select_s=select_s,

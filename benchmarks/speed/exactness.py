@@ -14,8 +14,9 @@ TESTS = (
     "tests/engine/test_settings.py",
     "tests/engine/test_codecs.py",
     "tests/engine/test_sharing.py",
+    "tests/engine/test_quantspec.py",
 )
-QUICK_TESTS = "test_prompts_one_by_one_in_one_chunk or (test_kept_entries and whole) or test_pages"
+QUICK_TESTS = "test_prompts_one_by_one_in_one_chunk or (test_kept_entries and whole) or test_pages or not_accepted"
 TAIL_LINES = 40
 
 

@@ -17,6 +17,7 @@ class Followed:
         cpu_s, wall_s: of all of it.
         first_token: CPU and wall seconds to the first token; blocks held before and after the step that made it.
         decodes: requests and CPU seconds of each step without prompt tokens.
+        drafted, accepted: tokens drafted, and those of them accepted, in such steps.
         num_preemptions: requests sent back for lack of blocks.
         peak_running: most requests in one step.
         peak_blocks: most blocks held at a time until the first token, looked at after each allocation.
@@ -30,6 +31,8 @@ class Followed:
     wall_s: float = 0.0
     first_token: tuple[float, float, int, int] | None = None
     decodes: list[tuple[int, float]] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
     num_preemptions: int = 0
     peak_running: int = 0
     peak_blocks: int = 0
@@ -67,6 +70,8 @@ def follow(llm: LLM, prompts: list[list[int]], output_tokens: int, settings: dic
                 followed.first_token = (end - cpu, time.perf_counter() - wall, held, watch.held())
             if watch.scheduled and max(watch.scheduled) == 1:
                 followed.decodes.append((len(watch.scheduled), end - start))
+                followed.drafted += watch.drafted
+                followed.accepted += watch.accepted
             finished = [output for output in outputs if output.finished]
             followed.answers |= {output.request_id: list(output.outputs[0].token_ids) for output in finished}
             followed.cached_tokens += sum(output.num_cached_tokens or 0 for output in finished)
@@ -79,11 +84,13 @@ class _Watch:
     """Within it, the scheduler's steps, preemptions and allocations are seen.
 
     Fields:
-        scheduled: tokens per request of the last step.
+        scheduled: tokens per request of the last step, beside drafts.
+        drafted, accepted: drafts that it verified, and accepted.
     """
 
     def __init__(self, scheduler: Any, followed: Followed) -> None:
         self.scheduled: list[int] = []
+        self.drafted = self.accepted = 0
         self._scheduler, self._followed = scheduler, followed
         self._manager = scheduler.kv_cache_manager
         self._num_free = self._manager.block_pool.get_num_free_blocks()
@@ -95,16 +102,24 @@ class _Watch:
     def __enter__(self) -> "_Watch":
         schedule, preempt = self._scheduler.schedule, self._scheduler._preempt_request
         allocate, followed = self._manager.allocate_slots, self._followed
+        count_drafts = self._scheduler.make_spec_decoding_stats
 
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            self.scheduled = list(output.num_scheduled_tokens.values())
+            drafts = output.scheduled_spec_decode_tokens
+            self.scheduled = [n - len(drafts.get(rid, ())) for rid, n in output.num_scheduled_tokens.items()]
+            self.drafted = self.accepted = 0
             followed.peak_running = max(followed.peak_running, len(self.scheduled))
             return output
 
         def watched_preempt(*args: Any, **kwargs: Any) -> Any:
             followed.num_preemptions += 1
             return preempt(*args, **kwargs)
+
+        def watched_count(*args: Any, **kwargs: Any) -> Any:
+            self.drafted += kwargs["num_draft_tokens"]
+            self.accepted += kwargs["num_accepted_tokens"]
+            return count_drafts(*args, **kwargs)
 
         def watched_allocate(*args: Any, **kwargs: Any) -> Any:
             blocks = allocate(*args, **kwargs)
@@ -113,8 +128,10 @@ class _Watch:
             return blocks
 
         self._scheduler.schedule, self._scheduler._preempt_request = watched_schedule, watched_preempt
+        self._scheduler.make_spec_decoding_stats = watched_count
         self._manager.allocate_slots = watched_allocate
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._scheduler.schedule, self._scheduler._preempt_request, self._manager.allocate_slots
+        del self._scheduler.schedule, self._scheduler._preempt_request, self._scheduler.make_spec_decoding_stats
+        del self._manager.allocate_slots

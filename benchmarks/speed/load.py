@@ -70,6 +70,8 @@ EVEN_HEADS = Setup(
 # Heads that calibration might have found in the random model, which has none that retrieve: what they cost is the same.
 _WEIGHTS = [[1.0, 0.0] if layer % 2 else [0.2, 0.4] for layer in range(16)]
 STREAMING = Setup("duoattention", "duoattention", {"retention_ratio": 0.5, "head_weights": _WEIGHTS})
+QUANTSPEC = Setup("quantspec", "quantspec")
+NO_DRAFTS = Setup("quantspec, no drafts", "quantspec", {"draft_tokens": 0})
 # Those not named above, at their own default where a tenth is not what they are made for.
 OTHERS = (
     *(Setup(name, name, {"retention_ratio": 0.1}) for name in ("streamingllm", "tova", "vatp", "h2o", "a2sf")),
@@ -82,11 +84,15 @@ OTHERS = (
     Setup("pyramidinfer", "pyramidinfer", {"retention_ratio": 0.6}),
     Setup("lazyllm", "lazyllm", {"retention_ratio": 0.5}),
     Setup("kivi", "kivi"),
+    Setup("skvq", "skvq", {"channel_groups": "none"}),
+    NO_DRAFTS,
     Setup("kvsharer", "kvsharer", {"layer_owners": [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15]}),
     Setup("think", "think", {"retention_ratio": 0.1}),
     Setup("minicache", "minicache", {"merge_limit": 1.0}),
     Setup("snapkv, int8", "snapkv", {"retention_ratio": 0.2, "codec": "int8"}),
+    Setup("snapkv, int4x2", "snapkv", {"retention_ratio": 0.2, "codec": "int4x2"}),
     Setup("snapkv, int4", "snapkv", {"retention_ratio": 0.4, "codec": "int4"}),
+    Setup("snapkv, skvq", "snapkv", {"retention_ratio": 0.7, "codec": "skvq", "num_sink": 5, "channel_groups": "none"}),
 )
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 

@@ -16,10 +16,12 @@ from benchmarks.speed.load import (
     EVEN_HEADS,
     FASTKV,
     FP8,
+    NO_DRAFTS,
     OTHERS,
     PLAIN,
     PLAIN_REQUESTS,
     PYRAMIDKV,
+    QUANTSPEC,
     RETAINING,
     SNAPKV,
     STREAMING,
@@ -151,6 +153,12 @@ def _streaming(quick: bool) -> dict[str, Case]:
     }
 
 
+def _drafts(quick: bool) -> dict[str, Case]:
+    loads = [Load(1, 1024, 24, 512, task="niah")] if quick else [Load(n, 2048, 64, task="niah") for n in (1, 4)]
+    setups = (PLAIN, NO_DRAFTS, QUANTSPEC)
+    return {f"drafts-{n.num_requests}": Case(_shape_of(n), n, setups, 1 if quick else 2) for n in loads}
+
+
 def _tpot(quick: bool) -> dict[str, Case]:
     loads = [Load(4, 512, 16, 512)] if quick else [Load(4, 2048, 48), Load(4, 4096, 48)]
     return {f"tpot-{n.num_requests}x{n.prompt_tokens}": Case(_shape_of(n), n, (*METHODS, FP8)) for n in loads}
@@ -247,6 +255,14 @@ SCENARIOS = {
         (*_PREFILL, "blocks_after"),
         ("first_token_cpu_s", "first_token_cpu_s ratio", "compact_share", "peak_blocks", "blocks_after"),
         measure_engine,
+    ),
+    "drafts": Scenario(
+        "Tokens drafted by four bits of the cache and verified by eight, on the tiny model's questions",
+        _drafts,
+        ("decode_tokens_per_s", "accepted_share", "blocks_after", "num_right"),
+        ("decode_tokens_per_s", "decode_tokens_per_s ratio", "accepted_share", "blocks_after", "num_right"),
+        measure_engine,
+        CHECKPOINT,
     ),
     "tpot": Scenario(
         "A decode step by requests x prompt tokens (one request: prompt tokens / tokens a step)",

@@ -56,6 +56,10 @@ def _decode_tokens_per_s(raw: Raw, load: Raw) -> Value:
     return raw["decode_tokens"] / raw["decode_cpu_s"] if raw["decode_cpu_s"] else None
 
 
+def _accepted_share(raw: Raw, load: Raw) -> Value:
+    return raw["accepted"] / raw["drafted"] if raw["drafted"] else None
+
+
 def _of_latency(name: str) -> dict[str, Figure]:
     """Mean, median and 99th percentile of a latency, as `vllm bench serve` reports them."""
     words = {"mean": "mean", "median": "p50", "p99": "p99"}
@@ -80,6 +84,7 @@ FIGURES = {
     "blocks_after": Figure("blocks after it", _field("blocks_after"), form="{:.0f}".format),
     "tokens_per_s": Figure("tokens/CPU s", _tokens_per_s, "higher", "{:.1f}".format),
     "decode_tokens_per_s": Figure("decode tokens/CPU s", _decode_tokens_per_s, "higher", "{:.1f}".format),
+    "accepted_share": Figure("drafts accepted", _accepted_share, form="{:.0%}".format),
     "step_ms": Figure("CPU ms a decode step", _field("step_ms"), "lower"),
     "wall_tokens_per_s": Figure("tokens/s", _wall_tokens_per_s, "higher", "{:.0f}".format),
     "tpot_wall_ms": Figure("ms a token", _tpot_wall_ms, "lower"),

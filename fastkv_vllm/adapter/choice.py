@@ -142,7 +142,9 @@ class Choice:
             )
         wished, most = config.draft_tokens or 0, self.default.draft_tokens or 0
         if wished > most:
-            raise ValueError(f"draft_tokens of a request must be at most the server's, {most}; got {wished}")
+            if "draft_tokens" in settings:
+                raise ValueError(f"draft_tokens of a request must be at most the server's, {most}; got {wished}")
+            config = dataclasses.replace(config, draft_tokens=most)
         lines = conflicts_of_method(self._vllm_config, config)
         if lines:
             raise ValueError("; ".join(lines))

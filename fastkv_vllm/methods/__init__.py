@@ -28,6 +28,7 @@ from fastkv_vllm.methods.lazyllm import LazyLLM
 from fastkv_vllm.methods.minicache import MiniCache
 from fastkv_vllm.methods.pyramidinfer import PyramidInfer
 from fastkv_vllm.methods.pyramidkv import PyramidKV
+from fastkv_vllm.methods.quantspec import QuantSpec
 from fastkv_vllm.methods.registry import method_class, method_names, register
 from fastkv_vllm.methods.settling import OBSERVED, RankWatch
 from fastkv_vllm.methods.skvq import SKVQ
@@ -67,6 +68,7 @@ __all__ = [
     "MiniCache",
     "PyramidInfer",
     "PyramidKV",
+    "QuantSpec",
     "RankWatch",
     "SnapKV",
     "StreamingLLM",

@@ -105,14 +105,7 @@ ENCODING = {
     ),
 }
 # A window of one token: a prompt of which all but the last comes from the prefix cache has one left to compute.
-DRAFTING = {
-    "min_tokens": 128,
-    "retention_ratio": 1.0,
-    "codec": "int4x2",
-    "residual_window": 40,
-    "window_size": 1,
-    "draft_tokens": 4,
-}
+DRAFTING = {"min_tokens": 128, "residual_window": 40, "window_size": 1, "draft_tokens": 4}
 # Layers 3, 5 and 7 of 8 read the entries of others, on their own side of the TSP layer.
 OWNERS = [0, 1, 2, 0, 4, 4, 6, 4]
 SHARING = {
@@ -176,6 +169,6 @@ REQUESTS = {
     "minicache-int4": MERGED["minicache-int4"],
     **GUARDED,
     "think-values": ENCODED["think-values"],
-    "streamingllm-int4x2": ("streamingllm", WHOLE | {"codec": "int4x2", "residual_window": 40}),
+    "quantspec": ("quantspec", {"min_tokens": 128, "residual_window": 40}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens

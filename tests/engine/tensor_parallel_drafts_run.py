@@ -10,7 +10,7 @@ from tests.engine.settings import DRAFTING
 
 
 def main(checkpoint: Path) -> None:
-    engine = Engine(checkpoint, "streamingllm", DRAFTING, tensor_parallel_size=2, distributed_executor_backend="mp")
+    engine = Engine(checkpoint, "quantspec", DRAFTING, tensor_parallel_size=2, distributed_executor_backend="mp")
     drafted = []
     look = engine.watch(after=lambda output: drafted.extend(output.scheduled_spec_decode_tokens.values()))
     with engine.step_tokens(200), look:

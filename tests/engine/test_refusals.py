@@ -308,7 +308,7 @@ def test_requests_draft_what_their_server_does(checkpoint):
         choice = Choice(vllm_config, compression_config(vllm_config))
         return vllm_config, lambda **extra: choice.of(SamplingParams(extra_args=extra)).draft_tokens
 
-    vllm_config, drafts = served("streamingllm", codec="int4x2", draft_tokens=3)
+    vllm_config, drafts = served("quantspec", draft_tokens=3)
     assert vllm_config.speculative_config.num_speculative_tokens == 3
     assert not vllm_config.scheduler_config.async_scheduling
     assert (drafts(), drafts(retention_ratio=0.5), drafts(draft_tokens=0)) == (3, 3, 0)
@@ -318,6 +318,8 @@ def test_requests_draft_what_their_server_does(checkpoint):
         drafts(draft_tokens=4)
     vllm_config, drafts = served("snapkv")
     assert vllm_config.speculative_config is None
+    assert drafts(kv_compression="quantspec") == 0, "the server was started without"
+    assert served("quantspec", draft_tokens=0)[0].speculative_config is None
     with pytest.raises(VLLMValidationError, match="at most the server's, 0; got 2"):
         drafts(codec="int4x2", draft_tokens=2)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _WINDOW_METHODS = ("fastkv", "asl", "snapkv", "pyramidkv", "adakv", "vatp", "headkv", "think")
 _ALL_QUERY_METHODS = ("h2o", "a2sf")
-_NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv", "kivi", "skvq", "kvsharer", "minicache")
+_NO_SCORES = ("streamingllm", "duoattention", "dbudgetkv", "kivi", "skvq", "quantspec", "kvsharer", "minicache")
 _VOTERS = ("vl_cache",)
 _ONE_CHOICE = ("tova", "lazyllm", "pyramidinfer", "gemfilter")
 _METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_VOTERS, *_ONE_CHOICE)
@@ -20,11 +20,11 @@ _METHODS = (*_WINDOW_METHODS, *_ALL_QUERY_METHODS, *_NO_SCORES, *_VOTERS, *_ONE_
 class Drop:
     """Which entries a method drops at the end of the prompt.
 
-    method: "streamingllm", "duoattention", "dbudgetkv", "kivi", "skvq" (the most recent stay), "tova" and "lazyllm"
-        (the last query votes, once for all heads), "pyramidinfer" (the last num_voters queries vote, later ones more,
-        once for all heads), "gemfilter" (products of the last query at the layer of the cut; tokens that go on are
-        read again as a prompt of their own, whose entries stay), "vl_cache" (the last num_voters queries vote, all
-        alike), "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
+    method: "streamingllm", "duoattention", "dbudgetkv", "kivi", "skvq", "quantspec" (the most recent stay), "tova" and
+        "lazyllm" (the last query votes, once for all heads), "pyramidinfer" (the last num_voters queries vote, later
+        ones more, once for all heads), "gemfilter" (products of the last query at the layer of the cut; tokens that
+        go on are read again as a prompt of their own, whose entries stay), "vl_cache" (the last num_voters queries
+        vote, all alike), "h2o" and "a2sf" (all queries vote); all others: the last window_size queries vote.
     num_kept: entries per layer and KV head that stay, forced ones included; the mean where budgets are uneven.
     forced_from: prompt positions from here on always stay and are always propagated (window and block tail).
     window_size, kernel_size, pooling: last positions, which vote; odd pooling width; "max" or "avg".

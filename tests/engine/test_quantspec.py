@@ -16,7 +16,7 @@ PROPOSE = SelfDrafter.propose
 
 @pytest.fixture
 def engine(start):
-    return start("streamingllm", DRAFTING, enable_prefix_caching=True)
+    return start("quantspec", DRAFTING, enable_prefix_caching=True)
 
 
 @contextmanager
