@@ -17,6 +17,7 @@ engine whose counters say that it did something else than its configuration says
 | decode | a decode step of 4 x 8192 tokens; eager, in process |
 | tpot | a decode step by requests and prompt tokens: batches of 4; those of 1 are ttft's; eager, in process |
 | methods | first token, blocks and decode step of each method; eager, in process |
+| codecs | the same of what stores entries in fewer bytes; eager, in process |
 | drafts | decode with and without drafts, and how many are accepted, on the tiny model's questions; eager, in process |
 | streaming | first token and most blocks held where heads let go while a prompt is read; eager, in process |
 | ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, all in one engine |

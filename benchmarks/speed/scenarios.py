@@ -24,6 +24,7 @@ from benchmarks.speed.load import (
     QUANTSPEC,
     RETAINING,
     SNAPKV,
+    STORED_SMALLER,
     STREAMING,
     UNLOADED,
     Load,
@@ -145,6 +146,11 @@ def _methods(quick: bool) -> dict[str, Case]:
     return {"methods": Case(_shape_of(load), load, (*METHODS, CUTS, PYRAMIDKV, ADAKV, *OTHERS), 1 if quick else 2)}
 
 
+def _codecs(quick: bool) -> dict[str, Case]:
+    load = Load(1, 1024, 8, 512) if quick else Load(1, 4096, 32)
+    return {"codecs": Case(_shape_of(load), load, (PLAIN, SNAPKV, *STORED_SMALLER), 1 if quick else 2)}
+
+
 def _streaming(quick: bool) -> dict[str, Case]:
     loads = [Load(1, 1024, 8, 512)] if quick else [Load(1, 4096, 8), Load(1, 16384, 8)]
     return {
@@ -247,6 +253,13 @@ SCENARIOS = {
         _methods,
         (*_PREFILL, "blocks_after", "step_ms"),
         ("first_token_cpu_s ratio", *_SHARES, "blocks_after", "step_ms ratio"),
+        measure_engine,
+    ),
+    "codecs": Scenario(
+        "Entries stored in fewer bytes: first token, blocks that stay, decode step",
+        _codecs,
+        (*_PREFILL, "blocks_after", "step_ms"),
+        ("first_token_cpu_s ratio", "compact_share", "blocks_after", "step_ms ratio"),
         measure_engine,
     ),
     "streaming": Scenario(
