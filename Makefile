@@ -54,7 +54,7 @@ csrc: ## Build the CUDA library (needs nvcc and CMake); CUDA_ARCHITECTURES=90 fo
 bench: setup ## Measure what the plugin costs and saves in prefill (about ten minutes)
 	$(PY) -m benchmarks.speed --scenario prefill
 
-bench-quick: setup ## Quality of all methods, the main lines (under ten minutes)
+bench-quick: setup ## Quality of ten methods at a tenth, the main lines (under ten minutes)
 	$(PY) -m benchmarks.quality --quick
 
 bench-speed: setup ## Answer all speed and memory questions (about 90 minutes, on a quiet machine)
