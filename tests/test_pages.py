@@ -6,7 +6,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from fastkv_vllm.adapter.pages import FLOAT8, ProbedLayout, RowLayout
+from fastkv_vllm.adapter.pages import FLOAT8, PageLayout, ProbedLayout, RowLayout
 from tests.reference.codecs import cut
 
 NUM_BLOCKS, NUM_HEADS = 7, 3
@@ -74,9 +74,15 @@ class Cache:
     def check_all(self) -> None:
         blocks = torch.arange(NUM_BLOCKS)
         every = torch.arange(len(self.keys)).expand(NUM_HEADS, -1)
-        keys, values = self.layout.gather(self.pages, blocks, every)
+        keys, values = take(self.layout, self.pages, blocks, every)
         check_same(keys, self.keys, "key [slot, head, element]")
         check_same(values, self.values, "value [slot, head, element]")
+
+
+def take(layout: PageLayout, pages: Tensor, blocks: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, [K, H, D] each, of entries of each head, [H, K], where a sequence's blocks are these."""
+    of_heads = blocks[entries // layout.block_size] * NUM_HEADS + torch.arange(NUM_HEADS).unsqueeze(1)
+    return layout.take(pages, of_heads.T, (entries % layout.block_size).T)
 
 
 def check_same(found: Tensor, expected: Tensor, what: str) -> None:
@@ -112,18 +118,37 @@ def test_read_keys_and_values(head_dim: int, block_size: int, dtype: torch.dtype
 
 
 @EACH_SHAPE
-def test_gather_takes_other_entries_per_head(head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
+def test_heads_take_entries_of_their_own(head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
     cache = Cache(head_dim, block_size, dtype, isa)
     cache.fill()
     blocks = torch.tensor([5, 1, 2, 0])
     for count in (1, 31, 4 * block_size):
         order = [torch.randperm(4 * block_size, generator=cache.generator)[:count].sort() for _ in range(NUM_HEADS)]
         entries = torch.stack([head.values for head in order])
-        keys, values = cache.layout.gather(cache.pages, blocks, entries)
+        keys, values = take(cache.layout, cache.pages, blocks, entries)
         slots = blocks[entries // block_size] * block_size + entries % block_size  # [H, count]
         for head in range(NUM_HEADS):
             check_same(keys[:, head], cache.keys[slots[head], head], f"key of head {head} [entry, element]")
             check_same(values[:, head], cache.values[slots[head], head], f"value of head {head} [entry, element]")
+
+
+@EACH_SHAPE
+def test_entries_move_as_if_all_were_read_first(head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
+    """From anywhere, other pages to fill included; a slot without a source keeps what it has."""
+    cache = Cache(head_dim, block_size, dtype, isa)
+    cache.fill()
+    num_pages = NUM_BLOCKS * NUM_HEADS
+    pages = torch.randperm(num_pages, generator=cache.generator)[:9]
+    sources = torch.randint(num_pages * block_size, (9, block_size), generator=cache.generator)
+    sources[torch.rand(9, block_size, generator=cache.generator) < 0.2] = -1
+    starts = torch.tensor([0, 1, 1, 5, 9])
+    page, offset = (sources >= 0).nonzero(as_tuple=True)
+    for entries in (cache.keys, cache.values):
+        by_page = entries.unflatten(0, (NUM_BLOCKS, block_size)).transpose(1, 2).flatten(0, 1)  # a copy
+        by_page[pages[page], offset] = by_page.flatten(0, 1)[sources[page, offset]]
+        entries.copy_(by_page.unflatten(0, (NUM_BLOCKS, NUM_HEADS)).transpose(1, 2).flatten(0, 1))
+    cache.layout.move(cache.pages.flatten(0, 1).unsqueeze(1), sources, pages, starts)
+    cache.check_all()
 
 
 @EACH_SHAPE
@@ -205,7 +230,7 @@ def test_entries_of_eight_bits(head_dim: int, block_size: int, dtype: torch.dtyp
     for got, own, scale in zip(read, entries, FLOAT8_SCALES, strict=True):
         assert torch.equal(got, cut(own.float() / scale, FLOAT8[cache_dtype]).to(dtype).transpose(0, 1))
     chosen = torch.tensor([2, 3, block_size + 1, 2 * block_size + 7])
-    taken = layout.gather(pages, blocks, chosen.expand(NUM_HEADS, -1))
+    taken = take(layout, pages, blocks, chosen.expand(NUM_HEADS, -1))
     layout.write(pages, *taken, 4 * block_size + torch.arange(4))
     moved = [each(pages, torch.tensor([4]), 4) for each in (layout.read_keys, layout.read_values)]
     for got, before in zip(moved, read, strict=True):

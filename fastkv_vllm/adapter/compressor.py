@@ -9,7 +9,7 @@ from fastkv_vllm.adapter.cuts import Cuts
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.eviction import Evictor
 from fastkv_vllm.adapter.merged import Held, MergedPages
-from fastkv_vllm.adapter.moving import Move, Overwrite, encoding_move, even_move, pages_read
+from fastkv_vllm.adapter.moving import Move, Overwrite, carry_out, encoding_move, even_moves, pages_read
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.ranks import rank_of
@@ -144,18 +144,18 @@ class Compressor:
             with self.stats.timed("score_us"):
                 self._uneven.setdefault(prefill.request_id, UnevenPrompt()).add(prefill, rows, inputs, scores)
         else:
-            self._compact(prefill, rows, scores)
+            self._compact(prefill, rows.layer, scores)
 
-    def _compact(self, prefill: PrefillRows, rows: LayerRows, scores: torch.Tensor) -> None:
+    def _compact(self, prefill: PrefillRows, layer: int, scores: torch.Tensor) -> None:
         """Choose what stays of a prompt in a layer, as many entries of each head, by its scores before the tail."""
         with self.stats.timed("select_us"):
             kept = select(scores, prefill.plan.num_moved)
         with self.stats.timed("compact_us"):
-            kept = kept.expand(rows.num_heads, -1)
-            self._show(prefill, rows.layer, list(kept))
+            kept = kept.expand(self.pool.num_heads, -1)
+            self._show(prefill, layer, list(kept))
             if prefill.plan.evicts:
                 self.kept.setdefault(prefill.request_id, []).append(kept.flatten())
-            self._moves.append(even_move(prefill, kept, rows))
+            self._moves += even_moves(prefill, kept, layer, self.pool)
 
     def _evict(self, decode: DecodeRows, rows: LayerRows) -> None:
         """Let rows of a compressed request vote, and where its block is full choose among its entries."""
@@ -232,8 +232,7 @@ class Compressor:
 
     def _carry_out(self) -> None:
         with self.stats.timed("compact_us"):
-            for move in self._moves:
-                move.carry_out()
+            carry_out(self._moves, self.pool)
         self._moves.clear()
 
     def _show(self, prefill: PrefillRows, layer: int, kept: Sequence[torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows
-from fastkv_vllm.adapter.moving import EntryMove
+from fastkv_vllm.adapter.moving import EntryMove, slots_of
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.rating import add_votes, agree, value_norms
 from fastkv_vllm.adapter.recipe import Recipe
@@ -153,14 +153,11 @@ class Evictor:
     def collect(self, rows: DecodeRows, layer: int, stay: Sequence[torch.Tensor]) -> list[EntryMove]:
         """The entries that stay and change their place."""
         moves = []
-        size, pool = self._block_size, self._pool
         for group, columns in zip(self.requests[rows.request_id].layers[layer], stay, strict=True):
-            table = self._table(group, rows, layer)
-            places = torch.arange(columns.shape[1])
-            leave, slots = columns != places, table[:, places // size] * size + places % size
-            pages = table.gather(1, columns // size)[leave]
-            keys, values = pool.layout.take(pool.cache, pages, columns[leave] % size)
-            moves.append(EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots[leave]))
+            sources = slots_of(self._table(group, rows, layer), columns, self._block_size)
+            sources = sources.masked_fill(columns == torch.arange(columns.shape[1]), -1)
+            counts = torch.full((len(group.heads),), group.pages.shape[1])
+            moves.append(EntryMove(sources.view(-1, self._block_size), group.pages.flatten(), counts))
         return moves
 
     def _score(self, state: _Decoding, group: _Heads, rows: DecodeRows, layer: int, scale: float) -> torch.Tensor:

@@ -1,48 +1,35 @@
-"""Entries on their way to the pages that they stay in: copies of them, and where they are written.
+"""Entries on their way to the pages that they stay in.
 
-Sources are copied when a move is made, destinations are written when it is carried out: all moves of a step are made
-before the first is carried out, since a destination may be the source of another.
+All moves of a step are made before the first is carried out, since a destination may be the source of another. Entries
+that stay as they are move first, all at once; what is stored otherwise was copied when its move was made.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from fastkv_vllm.adapter.batch import LayerRows, PrefillRows
+from fastkv_vllm.adapter.batch import PrefillRows
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.merged import Held, MergedPages
-from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.codecs import ExactCodec
 
 
-class Move(Protocol):
-    """Copies, and where they go."""
-
-    def carry_out(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class EntryMove:
-    """Entries as they are.
+    """Entries as they are, of some (request, layer, KV head) sequences.
 
     Fields:
-        layout: of pages.
-        cache: [num_blocks, H, block_size, 2 * D]; changed in place.
-        keys, values: [K, H, D].
-        slots: where they go, [K] int64.
+        sources: slots of the pool that they come from, page * block_size + offset, [M, block_size] int64; -1: what is
+            there stays.
+        pages: that they go to, [M] int64, sequence after sequence.
+        counts: pages of each sequence, [S] int64.
     """
 
-    layout: PageLayout
-    cache: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    slots: torch.Tensor
-
-    def carry_out(self) -> None:
-        self.layout.write(self.cache, self.keys, self.values, self.slots)
+    sources: torch.Tensor
+    pages: torch.Tensor
+    counts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -63,6 +50,22 @@ class Overwrite:
         self.target[self.index] = self.data
 
 
+Move = EntryMove | Overwrite
+
+
+def carry_out(moves: Sequence[Move], pool: PagePool) -> None:
+    """Carry out all moves of a step, or of a layer."""
+    of_entries = [move for move in moves if isinstance(move, EntryMove)]
+    if of_entries:
+        sources, pages, counts = (
+            torch.cat([getattr(move, name) for move in of_entries]) for name in ("sources", "pages", "counts")
+        )
+        pool.layout.move(pool.cache, sources, pages, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    for move in moves:
+        if isinstance(move, Overwrite):
+            move.carry_out()
+
+
 def pages_read(prefill: PrefillRows, pool: PagePool, num_whole: int) -> HeadPages:
     """All pages that hold entries of the prompt's first blocks, before what this step moves."""
     if prefill.held is None:
@@ -70,28 +73,23 @@ def pages_read(prefill: PrefillRows, pool: PagePool, num_whole: int) -> HeadPage
     return prefill.held.with_blocks(pool, prefill.blocks[prefill.held.num_whole : num_whole])
 
 
-def even_move(prefill: PrefillRows, kept: torch.Tensor, rows: LayerRows) -> EntryMove:
-    """The kept entries of a layer to the blocks that stay, as many of each head.
+def even_moves(prefill: PrefillRows, kept: torch.Tensor, layer: int, pool: PagePool) -> list[EntryMove]:
+    """The kept entries of a layer to the blocks that stay, as many of each head, and a tail to its slots.
 
     Args:
         prefill: the prompt, which ends.
-        kept: columns that stay before the tail, [H, K].
-        rows: of the layer.
+        kept: columns that stay before the tail, [H, K], K a multiple of the block size.
+        layer: its index.
+        pool: of the engine.
     """
-    plan, layout, kv_cache = prefill.plan, rows.layout, rows.kv_cache
-    offsets = torch.arange(plan.block_size)
-    slots = (torch.tensor(prefill.destination).unsqueeze(1) * plan.block_size + offsets).flatten()
+    plan = prefill.plan
+    pages = pool.pages(torch.tensor(prefill.destination), layer)  # [H, R]
+    sources = slots_of(pool.pages(prefill.blocks, layer), kept, plan.block_size)
+    counts = torch.full((pool.num_heads,), pages.shape[1])
+    moves = [EntryMove(sources.view(-1, plan.block_size), pages.flatten(), counts)]
     if prefill.positions is not None and plan.num_tail:
-        # The chosen rows were cached densely; the tail's true slots are still empty in this layer.
-        tail = prefill.blocks[-1] * plan.block_size + offsets[: plan.num_tail]
-        slots = torch.cat([slots, tail])
-        columns = torch.arange(prefill.count - plan.num_tail, prefill.count)
-        kept = torch.cat([kept, columns.expand(len(kept), -1)], dim=1)
-    if prefill.start or layout.float8 is not None:
-        return EntryMove(layout, kv_cache, *layout.gather(kv_cache, prefill.blocks, kept), slots)
-    key, value = rows.key[prefill.rows], rows.value[prefill.rows]
-    index = kept.T.unsqueeze(-1).expand(-1, -1, key.shape[-1])
-    return EntryMove(layout, kv_cache, key.gather(0, index), value.gather(0, index), slots)
+        moves.append(_tail_move(prefill, pool, layer, prefill.count - plan.num_tail))
+    return moves
 
 
 def uneven_moves(
@@ -116,24 +114,25 @@ def uneven_moves(
     """
     plan, moves = prefill.plan, list[Move]()
 
-    def of_layer(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        entries = kept[layer]
+    def sources(layer: int) -> torch.Tensor:
+        """Slots of the layer's kept entries, head after head."""
+        blocks = kept[layer] // plan.block_size
         heads = torch.arange(pool.num_heads).repeat_interleave(held.counts[layer] * plan.block_size)
-        if by_block is None:
-            pages = pool.first[layer] + prefill.blocks[entries // plan.block_size] * pool.num_heads + heads
-        else:
-            pages = by_block[layer, heads, entries // plan.block_size]
-        return pool.layout.take(pool.cache, pages, entries % plan.block_size)
+        of_heads = pool.pages(prefill.blocks, layer) if by_block is None else by_block[layer]
+        return of_heads[heads, blocks] * plan.block_size + kept[layer] % plan.block_size
+
+    def of_layer(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = sources(layer)
+        return pool.layout.take(pool.cache, slots // plan.block_size, slots % plan.block_size)
 
     for layer in range(len(kept)):
         if plan.layer_owners and plan.layer_owners[layer] != layer:
             continue  # nobody reads its entries, or they are merged with its owner's
-        keys, values = of_layer(layer)
         if isinstance(held, MergedPages):
-            moves += _merge(
-                held, pool, layer, (keys, values), of_layer(held.upper[layer]) if layer in held.upper else None
-            )
+            above = of_layer(held.upper[layer]) if layer in held.upper else None
+            moves += _merge(held, pool, layer, of_layer(layer), above)
         elif isinstance(held, EncodedPages):
+            keys, values = of_layer(layer)
             if held.drops_channels:
                 held.choose_channels(layer, voters[layer], keys, values)
             codes = held.encode(keys, values, held.heads_of(layer, plan.block_size))
@@ -143,8 +142,7 @@ def uneven_moves(
                 data = ExactCodec().encode(keys[sinks], values[sinks]).unflatten(0, (-1, held.num_exact)).flatten(1)
                 moves.append(Overwrite(*held.sink_bytes(layer, pool), data))
         else:
-            slots = held.slots(layer, plan.block_size)
-            moves.append(EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots))
+            moves.append(EntryMove(sources(layer).view(-1, plan.block_size), held.of_layer(layer), held.counts[layer]))
         if num_seen[layer] + plan.num_tail < plan.num_tokens and plan.num_tail:
             moves.append(_tail_move(prefill, pool, layer, num_seen[layer]))
     return moves
@@ -197,10 +195,14 @@ def _merge(
 def _tail_move(prefill: PrefillRows, pool: PagePool, layer: int, num_seen: int) -> EntryMove:
     """Rows chosen at a cut were cached densely, `num_seen` before the tail: its true slots are still empty here."""
     plan = prefill.plan
-    size, tail = plan.block_size, torch.arange(plan.num_tail)
-    rows = num_seen + tail
-    pages = pool.pages(prefill.blocks[rows // size])[layer]  # [H, tail]
-    keys, values = pool.layout.take(pool.cache, pages.flatten(), (rows % size).repeat(pool.num_heads))
-    own = pool.pages(prefill.blocks[plan.num_whole_blocks :])[layer]  # [H, blocks]
-    slots = own[:, tail // size] * size + tail % size
-    return EntryMove(pool.layout, pool.cache, keys.unsqueeze(1), values.unsqueeze(1), slots.flatten())
+    own = pool.pages(prefill.blocks[plan.num_whole_blocks :], layer)  # [H, blocks]
+    rows = torch.arange(num_seen, num_seen + plan.num_tail).expand(pool.num_heads, -1)
+    sources = slots_of(pool.pages(prefill.blocks, layer), rows, plan.block_size)
+    padded = torch.nn.functional.pad(sources, (0, own.shape[1] * plan.block_size - plan.num_tail), value=-1)
+    counts = torch.full((pool.num_heads,), own.shape[1])
+    return EntryMove(padded.view(-1, plan.block_size), own.flatten(), counts)
+
+
+def slots_of(pages: torch.Tensor, entries: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Slots of entries of heads whose pages are these in order, [H, B], [H, N] -> [H, N] int64."""
+    return pages.gather(1, entries // block_size) * block_size + entries % block_size

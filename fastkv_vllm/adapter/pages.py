@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from vllm import _custom_ops as ops
 
+from fastkv_vllm.kernels.compact import compact
+
 # vLLM's `--kv-cache-dtype` -> what the bytes of such a cache are.
 FLOAT8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _BASE = 8  # digits of this base are exact in every cache dtype, e5m2 with its three significant bits too
@@ -48,21 +50,6 @@ class PageLayout(ABC):
         """The first `num_entries` values stored in `blocks`, [H, num_entries, D]; arguments as for `read_keys`."""
         return self._first(kv_cache, 1, blocks, num_entries)
 
-    def gather(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, entries: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of chosen entries as they are stored, each [K, H, D].
-
-        Args:
-            kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D].
-            blocks: block ids in order, [B] int64.
-            entries: entry numbers per head, [H, K] int64.
-        """
-        num_heads = kv_cache.shape[1]
-        heads = torch.arange(num_heads, device=entries.device).unsqueeze(1)
-        pages = blocks[entries // self.block_size] * num_heads + heads
-        return self.take(kv_cache, pages.T, (entries % self.block_size).T)
-
     @abstractmethod
     def take(
         self, kv_cache: torch.Tensor, pages: torch.Tensor, within: torch.Tensor
@@ -82,6 +69,17 @@ class PageLayout(ABC):
             kv_cache: one layer's cache, [num_blocks, H, block_size, 2 * D]; changed in place.
             keys, values: as they are stored, [K, H, D].
             slots: [K] int64, block id * block_size + offset.
+        """
+
+    @abstractmethod
+    def move(self, cache: torch.Tensor, sources: torch.Tensor, pages: torch.Tensor, starts: torch.Tensor) -> None:
+        """Fill pages with entries from anywhere in the pool, bytes as they are; see `kernels.compact`.
+
+        Args:
+            cache: all pages, [num_pages, 1, block_size, 2 * D]; changed in place.
+            sources: slots they come from, page * block_size + offset, [M, block_size] int64; -1: what is there stays.
+            pages: to fill, [M] int64, each at most once.
+            starts: first of the pages of each sequence and their number, [sequences + 1] int64.
         """
 
     @abstractmethod
@@ -108,6 +106,9 @@ class RowLayout(PageLayout):
         heads = torch.arange(num_heads, device=slots.device)
         pages = (slots // self.block_size).unsqueeze(1) * num_heads + heads
         self._rows(kv_cache)[pages, (slots % self.block_size).unsqueeze(1)] = torch.cat([keys, values], dim=-1)
+
+    def move(self, cache: torch.Tensor, sources: torch.Tensor, pages: torch.Tensor, starts: torch.Tensor) -> None:
+        compact(cache, sources, pages, starts=starts)
 
     def _rows(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """Entries of all pages, [pages, block_size, 2 * D]; a view."""
@@ -209,3 +210,9 @@ class ProbedLayout(PageLayout):
         pages = (slots // block_size * num_heads).unsqueeze(1) + torch.arange(num_heads)
         for half, (entries, offsets) in enumerate(((keys, self.key_offsets), (values, self.value_offsets))):
             flat[pages.unsqueeze(2), half, offsets.view(block_size, -1)[within].unsqueeze(1)] = entries
+
+    def move(self, cache: torch.Tensor, sources: torch.Tensor, pages: torch.Tensor, starts: torch.Tensor) -> None:
+        page, offset = (sources >= 0).nonzero(as_tuple=True)
+        slots = sources[page, offset]
+        keys, values = self.take(cache, slots // self.block_size, slots % self.block_size)
+        self.write(cache, keys.unsqueeze(1), values.unsqueeze(1), pages[page] * self.block_size + offset)

@@ -55,10 +55,10 @@ class PagePool:
         first = torch.tensor([cache.storage_offset() // page for cache in kv_caches], device=base.device)
         return cls(flat, first, num_heads, layout)
 
-    def pages(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Ids of the pages of blocks, [B] int64 -> [L, H, B]."""
-        heads = torch.arange(self.num_heads)
-        return self.first[:, None, None] + blocks * self.num_heads + heads[:, None]
+    def pages(self, blocks: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """Ids of the pages of blocks, [B] int64 -> [L, H, B]; of one layer [H, B]."""
+        first = self.first[:, None, None] if layer is None else self.first[layer]
+        return first + blocks * self.num_heads + torch.arange(self.num_heads)[:, None]
 
 
 def blocks_for(counts: torch.Tensor) -> int:
@@ -176,10 +176,9 @@ class HeadPages:
         found = torch.full((*self.counts.shape, self.num_whole + 1), -1)  # the last one takes the padding
         return found.scatter(2, torch.where(held, blocks, self.num_whole), self.pages)[..., : self.num_whole]
 
-    def slots(self, layer: int, block_size: int) -> torch.Tensor:
-        """Slots of a layer's pages in order of head, page and offset, [sum of counts * block_size]."""
-        held = torch.arange(self.pages.shape[2]) < self.counts[layer].unsqueeze(1)
-        return (self.pages[layer][held].unsqueeze(1) * block_size + torch.arange(block_size)).flatten()
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """Pages of a layer, head after head, [sum of counts] int64."""
+        return self.pages[layer][torch.arange(self.pages.shape[2]) < self.counts[layer].unsqueeze(1)]
 
     def table(self, pool: PagePool, appended: torch.Tensor) -> torch.Tensor:
         """Page table with the blocks written since the prompt, [B] ids -> [L, H, most + B] int64."""
