@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.v1.attention.backends import flash_attn
 
 from fastkv_vllm.adapter.backends import BACKENDS
+from tests.reference.codecs import cut
 
 VERSION = 3  # Hopper's, which takes a schedule made ahead
 SPLITS = 32  # at most, where graphs are captured; else the kernel chooses
@@ -23,6 +24,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
     monkeypatch.setitem(BACKENDS, "CPU_ATTN", BACKENDS["FLASH_ATTN"])
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: VERSION)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True)
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend, raising=False)
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", get_scheduler_metadata, raising=False)
     monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", reshape_and_cache_flash, raising=False)
@@ -44,7 +46,7 @@ def flash_attn_varlen_func(
     block_table: Tensor,
     scheduler_metadata: Tensor | None,
     fa_version: int,
-    q_descale: Tensor,
+    q_descale: Tensor | None,
     k_descale: Tensor,
     v_descale: Tensor,
     num_splits: int,
@@ -60,7 +62,8 @@ def flash_attn_varlen_func(
         seqused_k: keys of each sequence, the last of which is its last query's own, [S] int32.
         block_table: pages of each sequence, [S, width] int32.
         scheduler_metadata: of `get_scheduler_metadata` for this very call, or None: made in it.
-        q_descale, k_descale, v_descale: factors of each sequence and KV head, [S, H] float32.
+        q_descale, k_descale, v_descale: factors of each sequence and KV head, [S, H] float32; where the cache has eight
+            bits and queries have not, they have none.
     """
     assert causal and fa_version == VERSION and num_splits in (0, SPLITS)
     assert unused["window_size"] in (None, [-1, -1]) and not unused["softcap"]
@@ -69,7 +72,9 @@ def flash_attn_varlen_func(
     assert {t.dtype for t in (cu_seqlens_q, seqused_k, block_table)} == {torch.int32}
     assert len(cu_seqlens_q) == num_seqs + 1 and block_table.shape[0] == num_seqs and block_table.stride(1) == 1
     assert k.shape == v.shape and all(t.stride(-1) == 1 for t in (q, k, v, out)) and out.shape == q.shape
+    q_descale = torch.ones_like(k_descale) if q_descale is None else q_descale
     assert k_descale.shape == v_descale.shape == q_descale.shape == (num_seqs, num_heads)
+    assert k.dtype == v.dtype and q.dtype in (k.dtype, out.dtype)
     counts = cu_seqlens_q.diff()
     assert int(counts.max()) <= max_seqlen_q and int(seqused_k.max()) <= max_seqlen_k and len(q) >= cu_seqlens_q[-1]
     made_for = schedule(num_seqs, max_seqlen_q, max_seqlen_k, q.shape[1], num_heads, q.shape[2], k.shape[1], seqused_k)
@@ -79,10 +84,10 @@ def flash_attn_varlen_func(
     ):
         pages = block_table[i, : -(-length // k.shape[1])].long()
         keys, values = (
-            (cache[pages].flatten(0, 1)[:length] * scale[i].unsqueeze(1)).repeat_interleave(group, dim=1)
+            (cache[pages].flatten(0, 1)[:length].float() * scale[i].unsqueeze(1)).repeat_interleave(group, dim=1)
             for cache, scale in ((k, k_descale), (v, v_descale))
         )
-        queries = q[start : start + count] * q_descale[i].repeat_interleave(group).unsqueeze(1)
+        queries = q[start : start + count].float() * q_descale[i].repeat_interleave(group).unsqueeze(1)
         logits = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
         unseen = torch.arange(length) > torch.arange(length - count, length).unsqueeze(1)
         out[start : start + count] = torch.einsum(
@@ -126,8 +131,16 @@ def reshape_and_cache_flash(
     k_scale: Tensor,
     v_scale: Tensor,
 ) -> None:
-    """Entries [T, H, D] go to their slots of caches [blocks, block_size, H, D]; those without one go nowhere."""
-    assert kv_cache_dtype == "auto" and k_scale == v_scale == 1
+    """Entries [T, H, D] go to their slots of caches [blocks, block_size, H, D]; those without one go nowhere.
+
+    Those of eight bits are cut down as the CPU engine's are; a GPU's kernel rounds to the nearest.
+    """
+    if kv_cache_dtype == "auto":
+        assert k_scale == v_scale == 1
+    else:
+        assert kv_cache_dtype == "fp8" and key_cache.dtype == value_cache.dtype == torch.uint8
+        float8 = torch.float8_e4m3fn
+        key, value = (cut(x / scale, float8).view(torch.uint8) for x, scale in ((key, k_scale), (value, v_scale)))
     real, size = slot_mapping >= 0, key_cache.shape[1]
     slots = slot_mapping[real]
     for cache, entries in ((key_cache, key), (value_cache, value)):

@@ -91,7 +91,7 @@ class PlainBuilder(AttentionMetadataBuilder):
 
 class Builder(CompressionMetadataBuilder, PlainBuilder):
     def page_layout(self, dtype: torch.dtype) -> RowLayout:
-        return RowLayout(BLOCK_SIZE, HEAD_DIM)
+        return RowLayout(BLOCK_SIZE, HEAD_DIM, torch.float32, "auto")
 
 
 class PlainAttention(AttentionImpl):
@@ -117,7 +117,7 @@ class PlainAttention(AttentionImpl):
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         slots = slot_mapping.clamp(min=0)  # padding goes to the null block
-        RowLayout(BLOCK_SIZE, HEAD_DIM).write(kv_cache, key, value, slots)
+        RowLayout(BLOCK_SIZE, HEAD_DIM, torch.float32, "auto").write(kv_cache, key, value, slots)
 
 
 class Attention(CompressionAttentionImpl, PlainAttention): ...

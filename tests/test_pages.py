@@ -38,7 +38,7 @@ class Cache:
     def __init__(self, head_dim: int, block_size: int, dtype: torch.dtype, isa: str) -> None:
         self.block_size, self.isa = block_size, isa
         if isa == "rows":
-            self.layout = RowLayout(block_size, head_dim)
+            self.layout = RowLayout(block_size, head_dim, dtype, "auto")
         else:
             self.layout = ProbedLayout.probe(block_size=block_size, head_dim=head_dim, dtype=dtype, isa=isa)
         self.pages = torch.full((NUM_BLOCKS, NUM_HEADS, block_size, 2 * head_dim), torch.nan, dtype=dtype)
@@ -235,3 +235,17 @@ def test_entries_of_eight_bits(head_dim: int, block_size: int, dtype: torch.dtyp
     moved = [each(pages, torch.tensor([4]), 4) for each in (layout.read_keys, layout.read_values)]
     for got, before in zip(moved, read, strict=True):
         assert torch.equal(got, before[:, chosen])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_eight_bits(dtype: torch.dtype) -> None:
+    """Read in the model's dtype, moved as bytes."""
+    layout = RowLayout(32, 64, dtype, "fp8")
+    pages = torch.randint(0x78, (NUM_BLOCKS, NUM_HEADS, 32, 128), dtype=torch.uint8)
+    rows = pages.view(torch.float8_e4m3fn).to(dtype)
+    for part, read in enumerate((layout.read_keys, layout.read_values)):
+        expected = rows[torch.tensor([5, 2])][..., part * 64 : (part + 1) * 64].transpose(0, 1).flatten(1, 2)
+        check_same(read(pages, torch.tensor([5, 2]), 40), expected[:, :40], "part [head, entry, element]")
+    before, sources = pages.clone(), torch.arange(64, 96).unsqueeze(0)
+    layout.move(pages.flatten(0, 1).unsqueeze(1), sources, torch.tensor([0]), torch.tensor([0, 1]))
+    assert torch.equal(pages[0, 0], before[0, 2]) and torch.equal(pages[0, 1:], before[0, 1:])

@@ -81,6 +81,11 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
     def page_layout(self, dtype: torch.dtype) -> PageLayout:
         """How this backend lays out a page inside."""
 
+    @property
+    def cache_dtypes(self) -> tuple[torch.dtype, str]:
+        """The model's dtype, and vLLM's name of the cache's."""
+        return self.vllm_config.model_config.dtype, self.vllm_config.cache_config.cache_dtype
+
     def for_heads(self) -> "CompressionMetadataBuilder":
         """A copy that builds metadata of sequences of one KV head each."""
         return copy.copy(self)
@@ -212,6 +217,8 @@ class CompressionAttentionImpl(AttentionImpl):
                 assert attn_metadata.compressor is not None, "set with the prefills"
                 layer_index, layout = _layer_index(layer.layer_name), attn_metadata.compressor.layout
                 scale = self.scale if layout.float8 is None else self.scale * layer._k_scale_float
+                if query.dtype != key.dtype:  # cut down to eight bits as well
+                    query, scale = query.to(key.dtype), scale * layer._q_scale_float
                 rows = LayerRows(layer_index, scale, query, key, value, kv_cache, layout)
                 attn_metadata.compressor.after_attention(attn_metadata.prefills, attn_metadata.decodes, rows)
         return output
@@ -270,7 +277,7 @@ class CompressionAttentionImpl(AttentionImpl):
         for reads in metadata.reads:
             rows, heads = reads.queries
             ours = query.view(query.shape[0], self.num_kv_heads, *shape)[rows, heads]
-            part = torch.empty_like(ours)
+            part = torch.empty_like(ours, dtype=output.dtype)
             of_heads(layer, ours, key, value, reads.cache(layer_index), reads.metadata[layer_index], part)
             output.view(output.shape[0], self.num_kv_heads, *shape)[rows, heads] = part
 

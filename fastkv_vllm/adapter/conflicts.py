@@ -62,7 +62,9 @@ def _backend(config: Any) -> str | None:
     if config.model_config.use_mla or _platform(config) is not None:
         return None  # said elsewhere
     with set_current_vllm_config(config):
-        chosen = get_attn_backend(config.model_config.get_head_size(), config.model_config.dtype, "auto").get_name()
+        chosen = get_attn_backend(
+            config.model_config.get_head_size(), config.model_config.dtype, config.cache_config.cache_dtype
+        ).get_name()
     return _unless(chosen in BACKENDS, chosen)
 
 
@@ -96,7 +98,8 @@ def _cache_of_another_dtype(config: Any) -> str | None:
 
 
 def _cache_not_served(config: Any) -> str | None:
-    if current_platform.is_cpu() and config.cache_config.cache_dtype in FLOAT8:
+    dtype = config.cache_config.cache_dtype
+    if dtype in FLOAT8 and (current_platform.is_cpu() or dtype != "fp8_e5m2"):
         return _unless(not config.cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers")
     return _cache_of_another_dtype(config)
 
@@ -155,7 +158,7 @@ CONFLICTS = (
     ),
     Conflict("base models (not proven with adapters)", _given("lora_config"), "drop --enable-lora"),
     Conflict(
-        f"a KV cache of one dtype, the model's or (CPU) {', '.join(FLOAT8)}",
+        f"a KV cache of one dtype, the model's, {', '.join(FLOAT8)} (this on a CPU only)",
         _cache_not_served,
         "drop what asks for others",
     ),

@@ -24,15 +24,23 @@ class PageLayout(ABC):
     Fields:
         block_size: entries per page.
         head_dim: elements per key or value.
+        dtype: in which entries are read, the model's.
+        cache_dtype: "auto", or a key of FLOAT8.
     """
 
     block_size: int
     head_dim: int
+    dtype: torch.dtype
+    cache_dtype: str
 
     @property
     def float8(self) -> torch.dtype | None:
         """Of the bytes that are stored, a key being what is read times the layer's scale; None: the model's dtype."""
-        return None
+        return FLOAT8.get(self.cache_dtype)
+
+    def _readable(self, entries: torch.Tensor) -> torch.Tensor:
+        """Entries as they are stored, in the model's dtype."""
+        return entries if self.float8 is None else entries.view(self.float8).to(self.dtype)
 
     def read_keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor, num_entries: int) -> torch.Tensor:
         """The first `num_entries` keys stored in `blocks`, [H, num_entries, D], of the model's dtype.
@@ -115,7 +123,7 @@ class RowLayout(PageLayout):
         return kv_cache.view(-1, self.block_size, 2 * self.head_dim)
 
     def _read(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor) -> torch.Tensor:
-        return kv_cache[..., part * self.head_dim : (part + 1) * self.head_dim][blocks]
+        return self._readable(kv_cache[..., part * self.head_dim : (part + 1) * self.head_dim][blocks])
 
 
 @dataclass(frozen=True)
@@ -127,14 +135,10 @@ class ProbedLayout(PageLayout):
 
     Fields:
         isa: vLLM's name of the layout.
-        dtype: in which entries are read, the model's.
-        cache_dtype: "auto", or a key of FLOAT8.
         key_offsets, value_offsets: offsets inside a half, [block_size * head_dim] int64, entry-major.
     """
 
     isa: str
-    dtype: torch.dtype
-    cache_dtype: str
     key_offsets: torch.Tensor
     value_offsets: torch.Tensor
 
@@ -160,11 +164,7 @@ class ProbedLayout(PageLayout):
             found += page.view(float8 or dtype).view(2, size).float().to(torch.int64) * _BASE**power
         if not all(torch.equal(half.sort().values, ids) for half in found):
             raise RuntimeError(f"the cache layout {isa!r} of this vLLM does not store each element exactly once")
-        return cls(block_size, head_dim, isa, dtype, cache_dtype, *(half.argsort() for half in found))
-
-    @property
-    def float8(self) -> torch.dtype | None:
-        return FLOAT8.get(self.cache_dtype)
+        return cls(block_size, head_dim, dtype, cache_dtype, isa, *(half.argsort() for half in found))
 
     def _read(self, kv_cache: torch.Tensor, part: int, blocks: torch.Tensor) -> torch.Tensor:
         num_blocks, num_heads = kv_cache.shape[:2]
@@ -175,7 +175,7 @@ class ProbedLayout(PageLayout):
             entries = halves[..., (self.key_offsets, self.value_offsets)[part]].view(shape)
         else:
             entries = halves.as_strided(shape, (*halves.stride()[:2], *strides))
-        return entries if self.float8 is None else entries.view(self.float8).to(self.dtype)
+        return self._readable(entries)
 
     @cached_property
     def _strides(self) -> list[tuple[int, int] | None]:

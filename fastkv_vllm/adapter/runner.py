@@ -273,18 +273,20 @@ class CompressionRunner(GPUModelRunner):
 
     def _require_our_classes(self, kv_cache_config: KVCacheConfig) -> None:
         """Refuse to serve where vLLM has built something else than what compression was written for."""
-        groups = kv_cache_config.kv_cache_groups
+        groups, layers = kv_cache_config.kv_cache_groups, get_layers_from_vllm_config(self.vllm_config, Attention)
         impls = {
             name: type(layer.impl).__name__
-            for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention).items()
+            for name, layer in layers.items()
             if not isinstance(layer.impl, CompressionAttentionImpl)
         }
+        scales = [getattr(layer, f"_{part}_scale").numel() for layer in layers.values() for part in "qkv"]
         spec = groups[0].kv_cache_spec if groups else None
         problems = {
             "one KV-cache group": (len(groups) == 1 and len(self.attn_groups[0]) == 1, f"{len(groups)} groups"),
             "specification CompressibleSpec": (type(spec) is CompressibleSpec, type(spec).__name__),
             "unpadded pages": (getattr(spec, "page_size_padded", None) is None, "padded pages"),
             "attention CompressionAttentionImpl": (not impls, str(impls)),
+            "one scale for all heads of a layer": (set(scales) == {1}, f"{max(scales, default=0)}"),
         }
         if not impls and len(groups) == 1:
             builder = self.attn_groups[0][0].get_metadata_builder(0)

@@ -4,6 +4,7 @@ from itertools import count
 
 import pytest
 
+from tests import flash
 from tests.engine import oracle
 from tests.engine.oracle import is_clear, make_prompts
 from tests.engine.requests import ask, filled
@@ -28,15 +29,23 @@ def two_layers(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("model") / "llama", "llama", num_layers=2)
 
 
-@pytest.fixture(params=[("fp8", 0.5, 0.25), ("fp8_e5m2", 1.0, 1.0)], ids=lambda param: param[0], scope="module")
+# Of the CPU's attention, and of a GPU's whose kernel is plain torch.
+KINDS = {"fp8": ("fp8", 0.5, 0.25), "fp8_e5m2": ("fp8_e5m2", 1.0, 1.0), "flash": ("fp8", 0.5, 0.25)}
+
+
+@pytest.fixture(params=KINDS, scope="module")
 def engine(request, start, two_layers):
-    kind, k_scale, v_scale = request.param
+    kind, k_scale, v_scale = KINDS[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(oracle, "KV_CACHE", request.param)
+        patch.setattr(oracle, "KV_CACHE", KINDS[request.param])
+        if request.param == "flash":
+            flash.install(patch)
         settings = CUT | {"max_tsp_tokens": 1024}
         engine = start("fastkv", settings, checkpoint=two_layers, kv_cache_dtype=kind, max_model_len=512)
         for layer in engine.core.vllm_config.compilation_config.static_forward_context.values():
-            layer._k_scale_float, layer._v_scale_float = k_scale, v_scale  # as from a checkpoint that has them
+            for name, scale in (("k", k_scale), ("v", v_scale)):  # as from a checkpoint that has them
+                setattr(layer, f"_{name}_scale_float", scale)
+                getattr(layer, f"_{name}_scale").fill_(scale)
         yield engine
 
 

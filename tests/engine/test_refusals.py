@@ -47,12 +47,13 @@ REFUSED = {
     "lora": ({"enable_lora": True}, "base models (not proven with adapters) and got a lora_config"),
     "dtype": (
         {"kv_cache_dtype": "int8_per_token_head"},
-        "a KV cache of one dtype, the model's or (CPU) fp8, fp8_e4m3, fp8_e5m2 and got kv_cache_dtype "
+        "a KV cache of one dtype, the model's, fp8, fp8_e4m3, fp8_e5m2 (this on a CPU only) and got kv_cache_dtype "
         "int8_per_token_head",
     ),
     "dtypes": (
         {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
-        "a KV cache of one dtype, the model's or (CPU) fp8, fp8_e4m3, fp8_e5m2 and got --kv-cache-dtype-skip-layers",
+        "a KV cache of one dtype, the model's, fp8, fp8_e4m3, fp8_e5m2 (this on a CPU only) and got "
+        "--kv-cache-dtype-skip-layers",
     ),
     **{
         f"fp8-{name}": (

@@ -18,7 +18,7 @@ class FlashCompressionBuilder(CompressionMetadataBuilder, FlashAttentionMetadata
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def page_layout(self, dtype: torch.dtype) -> RowLayout:
-        return RowLayout(self.block_size, self.headdim)
+        return RowLayout(self.block_size, self.headdim, *self.cache_dtypes)
 
     def for_heads(self) -> "FlashCompressionBuilder":
         """A copy that makes no schedule ahead: vLLM keeps one for graphs to read, and layers differ in length."""

@@ -18,7 +18,7 @@ class TritonCompressionBuilder(CompressionMetadataBuilder, TritonAttentionMetada
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def page_layout(self, dtype: torch.dtype) -> RowLayout:
-        return RowLayout(self.block_size, self.headdim)
+        return RowLayout(self.block_size, self.headdim, *self.cache_dtypes)
 
     def for_heads(self) -> "TritonCompressionBuilder":
         """A copy with the same scratch memory seen as that of as many programs: more sequences of fewer heads."""
