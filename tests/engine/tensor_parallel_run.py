@@ -8,7 +8,7 @@ from tests.engine.child import report
 from tests.engine.harness import Engine, logprobs_of
 from tests.engine.oracle import clear, freed_blocks, plan_of, reference
 from tests.engine.requests import answer, ask, filled
-from tests.engine.settings import ENCODED, EXACT, MIXED, RAGGED, SERVER
+from tests.engine.settings import CHANNELS, ENCODED, EXACT, MIXED, RAGGED, SERVER
 
 
 def record(worker):
@@ -35,7 +35,9 @@ def recorded(worker):
 
 
 def main(checkpoint: Path, *names: str) -> None:
-    engine = Engine(checkpoint, "fastkv", SERVER, tensor_parallel_size=2, distributed_executor_backend="mp")
+    measured = SERVER | {"channel_groups": CHANNELS}
+    engine = Engine(checkpoint, "fastkv", measured, tensor_parallel_size=2, distributed_executor_backend="mp")
+    SERVER["channel_groups"] = engine.config.channel_groups  # what the references read: each rank has its heads' part
     engine.llm.collective_rpc(record)
     results = {}
     for name in names:
