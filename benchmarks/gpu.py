@@ -35,9 +35,11 @@ from benchmarks.roofline import MODELS
 from benchmarks.speed.load import FP8, PLAIN, SNAPKV, Load, Setup
 from benchmarks.speed.summary import FIGURES, summarise
 from benchmarks.table import format_table
+from fastkv_vllm.codecs import CODECS, AffineCodec
 from fastkv_vllm.codecs.affine import CHANNELS
 from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.kernels.compact import compact
+from fastkv_vllm.kernels.encoded_attention import PagedEntries, encoded_attention
 from fastkv_vllm.kernels.page_tables import page_tables
 from fastkv_vllm.kernels.propagate import gather_stream
 from fastkv_vllm.kernels.quantise import dequantise, quantise
@@ -135,6 +137,7 @@ def kernel_cases(device: torch.device, num_tokens: int) -> list[KernelCase]:
             lambda: (hidden + residual)[chosen],
         ),
         *_quantise_cases(keys),
+        _encoded_attention_case(keys, group),
     ]
 
 
@@ -186,6 +189,29 @@ def _quantise_cases(keys: torch.Tensor) -> list[KernelCase]:
             lambda: dequantise(data, 4, impl="reference"),
         ),
     ]
+
+
+def _encoded_attention_case(keys: torch.Tensor, group: int) -> KernelCase:
+    """A decode step of 8 requests that hold int4 entries, a tenth of a prompt, and 64 as they are."""
+    num_reqs, num_dense, num_bits = 8, 64, 4
+    heads, num_tokens, dim = keys.shape
+    codec, num_kept, num_sequences = CODECS[f"int{num_bits}"], num_tokens // 10, num_reqs * heads
+    assert isinstance(codec, AffineCodec)
+    data = codec.encode(keys[:, :num_kept].flatten(0, 1), keys[:, :num_kept].flatten(0, 1)).unflatten(0, (heads, -1))
+    encoded, dense = data.flatten(1).repeat(num_reqs, 1), keys.new_ones(num_sequences, num_dense * 2 * dim)
+    tables = torch.arange(num_sequences, dtype=torch.int32, device=keys.device).unsqueeze(1)
+    parts = [
+        PagedEntries(pages, tables, torch.full_like(tables[:, 0], length))
+        for pages, length in ((encoded, num_kept), (dense, num_dense))
+    ]
+    queries = keys.new_ones(num_sequences, group, dim)
+    settings = {"num_bits": num_bits, "quant_group_size": codec.channels(dim), "scale": dim**-0.5}
+    return KernelCase(
+        "encoded_attention",
+        f"{num_reqs} requests, {heads} heads, {num_kept} int4 entries and {num_dense} as they are",
+        lambda: encoded_attention(queries, *parts, **settings),
+        encoded.numel() + dense.numel() * dense.element_size(),
+    )
 
 
 def _page_tables_case(device: torch.device, num_layers: int, heads: int, num_blocks: int) -> KernelCase:

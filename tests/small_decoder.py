@@ -175,6 +175,7 @@ class Decoder:
         self.compressor.pool = replace(pool, cache=place(pool.cache), first=place(pool.first))
         self.compressor.evictor = Evictor(self.compressor.pool)
         self.builder.compressor = self.compressor
+        self.builder.takes_codes = True
 
     def step(self, batch: Batch, tables: list[list[int]], counts: list[int], lengths: list[int]) -> Tensor:
         """Final rows of a step: each request's block table, rows, and tokens after the step."""

@@ -69,6 +69,14 @@ def test_attention_of_the_cpu_engine(name: str) -> None:
     require_close(run(name, backend=backend_of(CPUCompressionBackend)), run(name))
 
 
+def test_codes_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As attention reads them on the CPU engine, from a copy."""
+    calls = flash.install(monkeypatch)
+    found = run("int8", backend=backend_of(FlashCompressionBackend))
+    require_close(found, run("int8", backend=backend_of(CPUCompressionBackend)))
+    assert calls and not any(how == "heads" for how, _ in calls), "nothing is read head by head from a copy"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 def test_triton_attention() -> None:
@@ -77,3 +85,4 @@ def test_triton_attention() -> None:
         require_close(found[name]["rows"], run(name))
         assert bool(found[name]["num_by_heads"]) == BY_HEADS[name] and found[name]["num_ordinary"]
     require_close(found[ON_TRITON[-1]]["in_graph"], run(ON_TRITON[-1]))
+    require_close(found["int8"]["rows"], run("int8"))

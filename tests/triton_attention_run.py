@@ -1,6 +1,7 @@
 """Run by test_attention_backends.py in a process of its own: Triton attention, interpreted, in a small decoder's steps.
 
-Triton is told to interpret its kernels, and vLLM that there is a Triton.
+Triton is told to interpret its kernels, and vLLM that there is a Triton. In one run more only codes are Triton's work:
+attention that rounds otherwise would give other codes.
 """
 
 import os
@@ -23,6 +24,7 @@ from vllm.triton_utils import HAS_TRITON  # noqa: E402
 from vllm.v1.attention.backends import triton_attn  # noqa: E402
 
 from fastkv_vllm.adapter.backends.triton import TritonCompressionBackend  # noqa: E402
+from fastkv_vllm.kernels import encoded_attention, quantise  # noqa: E402
 from tests.engine.child import report  # noqa: E402
 from tests.small_decoder import run  # noqa: E402
 from tests.vllm_backends import backend_of  # noqa: E402
@@ -31,7 +33,7 @@ GRAPHS = CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 def main(names: list[str]) -> None:
-    """Rows of each, the calls that read heads one by one, and of the last the rows of decode graphs."""
+    """Rows of each, the calls that read heads one by one, of the last the rows of decode graphs, and those of codes."""
     assert HAS_TRITON, "vLLM's kernels are placeholders"
     original, calls = triton_attn.unified_attention, []
 
@@ -47,6 +49,9 @@ def main(names: list[str]) -> None:
         results[name] = {"rows": rows, "num_by_heads": calls.count(1), "num_ordinary": len(calls) - calls.count(1)}
     in_graph = run(names[-1], backend=backend_of(TritonCompressionBackend, GRAPHS), graph=True)
     results[names[-1]]["in_graph"] = in_graph
+    for op in (encoded_attention, quantise):
+        op.choose = lambda impl, device: "triton"  # as on a GPU
+    results["int8"] = {"rows": run("int8")}
     report(results)
 
 

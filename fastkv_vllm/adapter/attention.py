@@ -6,6 +6,7 @@ kernel that reads. Rows that are read head by head go to the same kernel as one 
 
 import copy
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -31,14 +32,16 @@ from fastkv_vllm.adapter.batch import (
     take_requests,
     take_sequences,
 )
+from fastkv_vllm.adapter.codes import CodeReads, read_as_codes
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.device import made_on
-from fastkv_vllm.adapter.encoded import EncodedReads
+from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
-from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, ReadBuffers, rows_of
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, ReadBuffers, rows_of
 from fastkv_vllm.adapter.revival import RevivalStep
+from fastkv_vllm.codecs import Codec
 
 _layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step
 
@@ -47,8 +50,9 @@ _layer_index = cache(extract_layer_index)  # it takes a name apart, in every lay
 class CompressionMetadata:
     """vLLM's metadata, the prompts to compress, the rows that vote on, and those that are read head by head.
 
-    Where there are `reads`, of pages as they are and of encoded ones, `plain` is of the other requests, whose rows are
-    `plain_rows`; both are None where there are none. With `revival` rows that come back stand at the batch's end.
+    Where there are `reads`, of pages as they are and of encoded ones that are decoded, or `codes`, read as they are,
+    `plain` is of the other requests, whose rows are `plain_rows`; both are None where there are none. With `revival`
+    rows that come back stand at the batch's end.
     """
 
     plain: Any
@@ -57,6 +61,7 @@ class CompressionMetadata:
     decodes: tuple[DecodeRows, ...] = ()
     compressor: Compressor | None = None
     reads: tuple[HeadReads, ...] = ()
+    codes: tuple[CodeReads, ...] = ()
     plain_rows: torch.Tensor | None = None
     revival: RevivalStep | None = None
 
@@ -64,13 +69,15 @@ class CompressionMetadata:
 class CompressionMetadataBuilder(AttentionMetadataBuilder):
     """Builds metadata of the step the runner has put into `batch`; without one it is vLLM's builder.
 
-    `view` keeps what the last build read from: vLLM's common metadata past the null blocks.
+    `view` keeps what the last build read from: vLLM's common metadata past the null blocks. `takes_codes`: attention is
+    a softmax of scaled products and nothing else, so that ours may read codes in the place of vLLM's.
     """
 
     _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
 
     block_size: int
+    takes_codes: bool = False
     batch: Batch | None = None
     compressor: Compressor | None = None
     view: CommonAttentionMetadata | None = None
@@ -152,21 +159,31 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
         if others:
             metadata.plain = super().build(0, take_requests(view, others, [starts[i + 1] - starts[i] for i in others]))
             metadata.plain_rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in others])
-        metadata.reads = self._head_reads(view, held)
+        metadata.reads, metadata.codes = self._head_reads(view, held)
         metadata.revival = None if self.batch is None else self.batch.revival
         return metadata
 
-    def _head_reads(self, view: CommonAttentionMetadata, held: Mapping[int, Held]) -> tuple[HeadReads, ...]:
+    def _head_reads(
+        self, view: CommonAttentionMetadata, held: Mapping[int, Held]
+    ) -> tuple[tuple[HeadReads, ...], tuple[CodeReads, ...]]:
         assert self.compressor is not None, "set up with the cache"
         pool, reads = self.compressor.pool, []
         if as_they_are := _as_they_are(held):
             self._buffers = self._buffers or ReadBuffers(pool)
             reads.append(self._buffers.write(rows_of(as_they_are, view, self.block_size), len(as_they_are)))
-        if encoded := {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}:
-            reads.append(EncodedReads(rows_of(encoded, view, self.block_size), pool))
+        encoded = {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}
+        copied: list[HeadRows[EncodedPages | MergedPages]] = []
+        codes: dict[Codec, list[HeadRows[EncodedPages]]] = defaultdict(list)
+        for rows in rows_of(encoded, view, self.block_size):
+            if self.takes_codes and read_as_codes(rows, pool):
+                codes[rows.held.codec].append(rows)
+            else:
+                copied.append(rows)
+        if copied:
+            reads.append(EncodedReads(copied, pool))
         for part in reads:
             part.metadata = self._of_sequences(part, view)
-        return tuple(reads)
+        return tuple(reads), tuple(CodeReads(of_codec, pool) for of_codec in codes.values())
 
     def _of_sequences(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[Any]:
         """vLLM's metadata of the sequences of each layer."""
@@ -209,7 +226,7 @@ class CompressionAttentionImpl(AttentionImpl):
         if not isinstance(attn_metadata, CompressionMetadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         with made_on(query.device):
-            if attn_metadata.reads:
+            if attn_metadata.reads or attn_metadata.codes:
                 self._forward_heads(layer, query, key, value, kv_cache, attn_metadata, output)
             else:
                 super().forward(layer, query, key, value, kv_cache, attn_metadata.plain, output, *scales)
@@ -244,13 +261,15 @@ class CompressionAttentionImpl(AttentionImpl):
 
         Rows that come back write their entries before, and are answered after.
         """
-        index, revival, reads = _layer_index(layer.layer_name), metadata.revival, metadata.reads[0]
+        index, revival = _layer_index(layer.layer_name), metadata.revival
         if revival is not None:
-            revival.write(index, key, value, reads.pool)
+            revival.write(index, key, value, metadata.reads[0].pool)
         self._read_heads(layer, query, key, value, kv_cache, metadata, output)
+        for codes in metadata.codes:
+            codes.attend(index, query, self.scale, output.view(query.shape))
         if revival is not None:
-            revival.attend(index, query, self.scale, reads, output.view(query.shape))
-            revival.choose(index, query, self.scale, reads)
+            revival.attend(index, query, self.scale, metadata.reads[0], output.view(query.shape))
+            revival.choose(index, query, self.scale, metadata.reads[0])
 
     def _read_heads(
         self,
@@ -269,7 +288,7 @@ class CompressionAttentionImpl(AttentionImpl):
             output[rows] = part
         of_heads = super(CompressionAttentionImpl, self._of_heads).forward
         layer_index, shape = _layer_index(layer.layer_name), (self.num_queries_per_kv, self.head_size)
-        if metadata.plain is None and metadata.max_query_len == 1 and len(metadata.reads) == 1:
+        if metadata.plain is None and metadata.max_query_len == 1 and len(metadata.reads) == 1 and not metadata.codes:
             (reads,) = metadata.reads  # queries stand sequence by sequence
             of_sequences = reads.cache(layer_index), reads.metadata[layer_index]
             of_heads(layer, query.reshape(-1, *shape), key, value, *of_sequences, output.view(-1, *shape))

@@ -53,6 +53,10 @@ class CompressionRunner(GPUModelRunner):
             codecs = measured_codecs(self.vllm_config)
         self.compressor = Compressor(self.kv_caches, layout, codecs)
         self._builder.compressor = self.compressor
+        self._builder.takes_codes = all(
+            layer.impl.alibi_slopes is None and not layer.impl.logits_soft_cap and layer.impl.sinks is None
+            for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        )
         if self.speculative_config is not None:
             assert isinstance(self.drafter, SelfDrafter), "all others are refused"
             self.drafter.start(self)

@@ -27,19 +27,18 @@ class AffineCodec(VectorCodec):
     num_bits: int
 
     def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
-        return size // _channels(size) * group_bytes(_channels(size), self.num_bits)
+        return size // self.channels(size) * group_bytes(self.channels(size), self.num_bits)
+
+    def channels(self, size: int) -> int:
+        """Channels of a group of vectors of so many: 64, or as many in each of the fewest groups of no more."""
+        num_groups = -(-size // CHANNELS)
+        if size % num_groups:
+            raise ValueError(f"heads must have channels for groups of equally many, {CHANNELS} or fewer; got {size}")
+        return size // num_groups
 
     def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
-        groups = vectors.unflatten(-1, (-1, _channels(vectors.shape[-1])))  # [N, groups, channels]
+        groups = vectors.unflatten(-1, (-1, self.channels(vectors.shape[-1])))  # [N, groups, channels]
         return quantise(groups, self.num_bits).flatten(1)
 
     def decode_vectors(self, data: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return dequantise(data.unflatten(1, (size // _channels(size), -1)), self.num_bits).flatten(1)
-
-
-def _channels(size: int) -> int:
-    """Channels of a group: 64, or as many in each of the fewest groups of no more."""
-    num_groups = -(-size // CHANNELS)
-    if size % num_groups:
-        raise ValueError(f"heads must have channels for groups of equally many, {CHANNELS} or fewer; got {size}")
-    return size // num_groups
+        return dequantise(data.unflatten(1, (size // self.channels(size), -1)), self.num_bits).flatten(1)

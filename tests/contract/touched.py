@@ -35,7 +35,8 @@ MEMBERS = {
             (f"{backend}AttentionMetadataBuilder", "build"),
             (
                 f"{backend}AttentionBackendImpl" if backend == "CPU" else f"{backend}AttentionImpl",
-                "do_kv_cache_update forward head_size num_heads num_kv_heads num_queries_per_kv scale",
+                "alibi_slopes do_kv_cache_update forward head_size logits_soft_cap num_heads num_kv_heads "
+                "num_queries_per_kv scale sinks",
             ),
         )
     },

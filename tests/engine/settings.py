@@ -159,6 +159,7 @@ REQUESTS = {
     "duoattention": ("duoattention", DUO | {"retention_ratio": 0.6, "head_weights": WEIGHTS}),
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
+    "snapkv-int4-all": ("snapkv", SMALL | {"codec": "int4", "residual_window": 40, "encode_generated": True}),
     "kivi": ("kivi", KIVI | {"codec": "kivi4"}),
     "skvq": ("skvq", {"min_tokens": 128, "residual_window": 40}),
     "kvsharer": SHARING["kvsharer"],

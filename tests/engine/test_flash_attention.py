@@ -5,11 +5,13 @@ Which tables, lengths, factors and schedules the kernel is given is checked; the
 
 from collections import Counter
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
+from fastkv_vllm.adapter import codes
 from tests import flash
 from tests.engine.requests import answer
 from tests.engine.settings import SERVER
@@ -25,6 +27,8 @@ NAMES = (
     "fastkv-evicting",
     "kivi",
     "minicache",
+    "adakv-int8",
+    "snapkv-int4-all",
 )
 
 
@@ -38,8 +42,10 @@ def test_requests_of_all_kinds(calls, start):
     engine = start("fastkv", SERVER)
     layer = next(iter(engine.core.vllm_config.compilation_config.static_forward_context.values()))
     assert type(layer.impl).__name__ == "FlashCompressionImpl"
-    with engine.step_tokens(300):  # prompts come in chunks, beside requests that decode
+    read = mock.patch.object(codes, "encoded_attention", wraps=codes.encoded_attention)
+    with read as attend, engine.step_tokens(300):  # prompts come in chunks, beside requests that decode
         answer(engine, NAMES)
+    assert {call.kwargs["num_bits"] for call in attend.call_args_list} == {4, 8}, "codes are read where they lie"
     assert calls.keys() == {(how, what) for how in ("ordinary", "heads") for what in ("prefill", "decode")}
     answer(engine, ("adakv",), shift=3)  # alone: all its rows are read head by head
 
