@@ -127,3 +127,11 @@ def test_fast_forms_are_imported_when_they_run(path: Path) -> None:
         assert [m for m in at_import if within(m, f"{op}.reference")] == []
     else:
         assert [m for m in at_import if within(m, "triton") or m.split(".")[-1] in FAST_FORMS] == []
+
+
+def test_a_gpu_never_meets_the_cpu_worker() -> None:
+    """vLLM's replaces torch's streams, events and memory figures of GPUs where it is imported; ours is only named."""
+    theirs, ours = "vllm.v1.worker.cpu_worker", "fastkv_vllm.adapter.cpu_worker"
+    imports = {module_of(path): {module for module, _ in imports_of(path.read_text())} for path in FILES}
+    assert [module for module, names in imports.items() if theirs in names] == [ours]
+    assert [module for module, names in imports.items() if ours in names] == []

@@ -26,8 +26,8 @@ class PrefillRows:
         first: number of the first row in the batch.
         count: rows.
         start: entries of the prompt cached before these rows; 0 where the layer sees all entries at once.
-        blocks: ids of the blocks of the prompt, in order, [ceil(P / block_size)] int64; those before the last stop do
-            not tell what they hold.
+        blocks: ids of the prompt's blocks so far, in order, [B] int64; all ceil(P / block_size) where it ends. Those
+            before the last stop do not tell what they hold.
         destination: ids of the blocks that take the kept pages; None: the prompt goes on after this step.
         held: pages it holds since a stop before these rows; None: `blocks` hold all.
         streaming: ids of the blocks that hold what heads do not let go of after this step; None: it takes the prompt to

@@ -155,8 +155,8 @@ def wire_compression(vllm_config: VllmConfig, config: CompressionConfig) -> None
     config.page_entries(vllm_config.cache_config.block_size, entry_shape(vllm_config))
     scheduler = "AsyncCompressionScheduler" if vllm_config.scheduler_config.async_scheduling else "CompressionScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.{scheduler}"
-    worker = "CPUCompressionWorker" if current_platform.is_cpu() else "CompressionWorker"
-    vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.worker.{worker}"
+    worker = "cpu_worker.CPUCompressionWorker" if current_platform.is_cpu() else "worker.CompressionWorker"
+    vllm_config.parallel_config.worker_cls = f"{_PACKAGE}.{worker}"
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: config.to_mapping()}
     _patch_front_end(vllm_config, config)
     if not current_platform.is_cpu():

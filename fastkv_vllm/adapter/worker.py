@@ -1,4 +1,4 @@
-"""vLLM's workers with a compressing runner."""
+"""vLLM's GPU worker with a compressing runner."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,10 @@ from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from fastkv_vllm.adapter.backends import BACKENDS
-from fastkv_vllm.adapter.runner import CompressionRunner, CPUCompressionRunner
+from fastkv_vllm.adapter.runner import CompressionRunner
 from fastkv_vllm.adapter.wiring import compression_config
 
 
@@ -52,19 +50,6 @@ class CompressionWorker(Worker):
         assert config.max_tsp_tokens is not None, "filled in by CompressionConfig.for_model"
         row_bytes = self.model_config.get_hidden_size() * self.model_config.dtype.itemsize
         return available - config.max_tsp_tokens * row_bytes
-
-
-class _CPUWorker(CPUWorker):
-    """Gives the runner that vLLM makes in the middle of a method our class; with patches/0003 it asks for one."""
-
-    def init_device(self) -> None:
-        super().init_device()
-        if type(self.model_runner) is CPUModelRunner:
-            self.model_runner.__class__ = CPUCompressionRunner
-
-
-class CPUCompressionWorker(CompressionWorker, _CPUWorker):
-    runner_class = CPUCompressionRunner
 
 
 @contextmanager

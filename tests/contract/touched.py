@@ -52,9 +52,11 @@ MEMBERS = {
     "vllm.model_executor.models.interfaces_base:VllmModel": "embed_input_ids",
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "block_ids output_token_ids sampling_params",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "input_batch requests",
+    # Taken by what stands before it in a file of its own.
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "attn_groups device get_model vllm_config",
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": "kv_cache",
     "vllm.config.speculative:SpeculativeConfig": "method model num_speculative_tokens",
-    "vllm.v1.worker.block_table:BlockTable": "block_table get_cpu_tensor",
+    "vllm.v1.worker.block_table:BlockTable": "block_table",
     "vllm.v1.outputs:ModelRunnerOutput": "req_ids",
     "vllm.forward_context:ForwardContext": "attn_metadata skip_compiled slot_mapping",
     "vllm.engine.protocol:EngineClient": "collective_rpc vllm_config",

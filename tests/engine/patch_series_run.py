@@ -20,7 +20,7 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from fastkv_vllm.adapter.worker import CPUCompressionWorker
+from fastkv_vllm.adapter.cpu_worker import CPUCompressionWorker
 from tests.engine.child import report
 from tests.engine.harness import Engine
 from tests.engine.settings import EXACT, MIXED

@@ -18,8 +18,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from fastkv_vllm.adapter import conflicts, version
 from fastkv_vllm.adapter.choice import Choice
 from fastkv_vllm.adapter.conflicts import CONFLICTS
+from fastkv_vllm.adapter.cpu_worker import CPUCompressionWorker
 from fastkv_vllm.adapter.wiring import compression_config
-from fastkv_vllm.adapter.worker import CPUCompressionWorker
 from fastkv_vllm.calibrate.artefact import make, save
 from tests.engine.oracle import make_prompts
 from tests.engine.settings import CHANNELS, TSP, WEIGHTS
