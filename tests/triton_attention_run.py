@@ -1,21 +1,14 @@
 """Run by test_attention_backends.py in a process of its own: Triton attention, interpreted, in a small decoder's steps.
 
-Triton is told to interpret its kernels, and vLLM that there is a Triton. In one run more only codes are Triton's work:
-attention that rounds otherwise would give other codes.
+In one run more only codes are Triton's work: attention that rounds otherwise would give other codes.
 """
 
-import os
 import sys
-from types import SimpleNamespace
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+import tests.interpreted  # isort: skip # noqa: F401 - before vLLM
 
-from triton.backends import Backend, backends
-
-backends["cpu"] = Backend(compiler=None, driver=SimpleNamespace(is_active=lambda: True))  # before anything imports vLLM
-
-import torch  # noqa: E402
+import torch
 
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM asks before it writes to the cache
 

@@ -29,6 +29,7 @@ _INSTEAD = {
     "tsp_tokens": "tsp_ratio",
 }
 _FILES = ("head_weights", "layer_shares", "layer_owners")  # settings that may be files
+_OF_PROMPTS = ("prompt_logprobs", "prompt_logprob_token_ids")  # what a request may ask of its prompt's tokens
 _REMEMBERED = 128
 # Queries that may vote at a request's wish, where the server's own setting is not more: their scores take memory.
 WIDEST_WINDOW = 256
@@ -98,10 +99,11 @@ class Choice:
         """
         context_tokens(params, len(processed_inputs.get("prompt_token_ids") or ()))
         config = self.of(params)
-        if config is not None and config.uses_tsp and getattr(params, "prompt_logprobs", None) is not None:
+        asked = [name for name in _OF_PROMPTS if getattr(params, name, None) is not None]
+        if config is not None and config.uses_tsp and asked:
             raise VLLMValidationError(
-                f"prompt_logprobs cannot be had with token-selective propagation ({config.method}): late layers do not "
-                "see all prompt tokens; leave prompt_logprobs out of the request, or let it ask for kv_compression "
+                f"{asked[0]} cannot be had with token-selective propagation ({config.method}): late layers do not "
+                f"see all prompt tokens; leave {asked[0]} out of the request, or let it ask for kv_compression "
                 '"none" or (fastkv, asl) set "tsp_ratio": 1.0'
             )
 

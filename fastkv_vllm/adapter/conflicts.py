@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.selector import get_attn_backend
@@ -144,6 +145,16 @@ CONFLICTS = (
         _parallel("decode_context_parallel_size"),
         "drop --decode-context-parallel-size",
     ),
+    Conflict(
+        "whole prompts on a rank",
+        _parallel("prefill_context_parallel_size"),
+        "drop --prefill-context-parallel-size",
+    ),
+    Conflict(
+        "Model Runner V1, or V2 where VLLM_USE_V2_MODEL_RUNNER=1 asks for it",
+        lambda c: _unless(c.use_v2_model_runner == bool(envs.VLLM_USE_V2_MODEL_RUNNER), "V2, without being asked"),
+        "drop what only V2 has (watermarks, HiSparse)",
+    ),
     Conflict("whole batches", lambda c: _unless(not c.parallel_config.enable_dbo, "--enable-dbo"), "drop --enable-dbo"),
     Conflict("entries it may move", _given("kv_transfer_config"), "drop --kv-transfer-config"),
     Conflict(
@@ -181,6 +192,12 @@ CONFLICTS = (
         "late layers free of most prompt tokens (token-selective propagation)",
         lambda c: _unless(not c.cache_config.enable_prefix_caching, "prefix caching, which would share those blocks"),
         'drop --enable-prefix-caching or (fastkv, asl) set "tsp_ratio": 1.0',
+        concerns=lambda config: config.uses_tsp,
+    ),
+    Conflict(
+        "layers that are called one by one, for token-selective propagation",
+        lambda c: _unless(not envs.VLLM_USE_BREAKABLE_CUDAGRAPH, "VLLM_USE_BREAKABLE_CUDAGRAPH=1"),
+        "unset VLLM_USE_BREAKABLE_CUDAGRAPH",
         concerns=lambda config: config.uses_tsp,
     ),
     Conflict(

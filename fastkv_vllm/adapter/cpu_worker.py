@@ -3,7 +3,8 @@
 A file of its own: vLLM's, which it imports, puts streams and events that do nothing in the place of torch's for GPUs.
 """
 
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from fastkv_vllm.adapter.runner import CPUCompressionRunner
@@ -15,9 +16,16 @@ class _CPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        if type(self.model_runner) is CPUModelRunner:
-            self.model_runner.__class__ = CPUCompressionRunner
+        _, theirs = self.runner_class.__bases__
+        if type(self.model_runner) is theirs:
+            self.model_runner.__class__ = self.runner_class
 
 
 class CPUCompressionWorker(CompressionWorker, _CPUWorker):
-    runner_class = CPUCompressionRunner
+    @property
+    def runner_class(self) -> type[Any]:
+        if self.use_v2_model_runner:
+            from fastkv_vllm.adapter.runner_v2 import CPUCompressionRunnerV2
+
+            return CPUCompressionRunnerV2
+        return CPUCompressionRunner

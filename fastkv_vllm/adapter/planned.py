@@ -1,8 +1,8 @@
 """What a model runner does with the plan of each step, whichever of vLLM's two generations it is of."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
 
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import Batch, DecodeRows, PrefillRows
@@ -25,7 +26,7 @@ from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
-from fastkv_vllm.adapter.step import Orders, orders_of
+from fastkv_vllm.adapter.step import Orders, attach_stats, orders_of
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
 from fastkv_vllm.adapter.wiring import STATUS_PLUGIN, measured_codecs
 from fastkv_vllm.cache import StepPlan
@@ -61,8 +62,16 @@ class PlannedRunner:
     def start_compression(self) -> None:
         """Set up what compression holds; call once, after vLLM's own initialiser."""
         self._orders: Orders | None = None
+        self._warms_up = False
         self._in_graph = False
         self._not_held: dict[tuple[str, int], HeadPages] = {}  # requests and null blocks, while graphs run
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Within it, vLLM makes up requests that no scheduler has planned: they are its alone."""
+        self._warms_up = True
+        yield
+        self._warms_up = False
 
     @abstractmethod
     def _table(self, request_id: str) -> list[int]:
@@ -107,6 +116,8 @@ class PlannedRunner:
 
     def _obey(self, scheduler_output: SchedulerOutput, execute: Callable[[], Any]) -> Any:
         """Run a step by its plan; `execute` is vLLM's own part of that."""
+        if self._warms_up:
+            return execute()
         orders = self._orders = orders_of(scheduler_output)
         plan = orders.plan
         with made_on(self.device):
@@ -124,6 +135,11 @@ class PlannedRunner:
         self._rewrite_tables(plan)
         self.compressor.forget(plan.partial, plan.compressed)
         return output
+
+    def _report(self, output: Any) -> None:
+        """Let the output of a step, which may not have its tokens yet, say what was done in it."""
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:
+            attach_stats(output, self.compressor.take_stats())
 
     def _rewrite_tables(self, plan: StepPlan) -> None:
         """Change requests' tables as the scheduler does."""

@@ -8,13 +8,11 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, GPUModelRunner
 
 from fastkv_vllm.adapter.drafting import DraftVerifier, SelfDrafter
 from fastkv_vllm.adapter.planned import PlannedRunner, StepRows
-from fastkv_vllm.adapter.step import attach_stats
 
 
 class CompressionRunner(PlannedRunner, GPUModelRunner):
@@ -38,9 +36,7 @@ class CompressionRunner(PlannedRunner, GPUModelRunner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         # Of a step whose tokens are still on their way from the GPU, what they will be filled into.
-        filled = output._model_runner_output if isinstance(output, AsyncGPUModelRunnerOutput) else output
-        if isinstance(filled, ModelRunnerOutput) and filled.req_ids:
-            attach_stats(filled, self.compressor.take_stats())
+        self._report(output._model_runner_output if isinstance(output, AsyncGPUModelRunnerOutput) else output)
         return output
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:

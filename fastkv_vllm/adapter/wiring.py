@@ -41,8 +41,8 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     """Check our arguments and settle what vLLM must know before it builds its configuration.
 
     Prefix caching is off unless asked for where rows are propagated (a cached block lacks the late layers), tokens are
-    drafted by vLLM's speculative decoding where the configuration says so, and Model Runner V1 is chosen, here and for
-    the processes that inherit the environment.
+    drafted by vLLM's speculative decoding where the configuration says so, and Model Runner V1 is chosen unless the
+    user has chosen V2, here and for the processes that inherit the environment.
 
     Raises:
         ValueError, RuntimeError: the arguments do not fit, or this vLLM is not supported.
@@ -56,12 +56,13 @@ def prepare_engine_args(args: Any) -> CompressionConfig | None:
     require_supported_vllm()
     if CONFIG_KEY in (args.additional_config or {}):
         raise ValueError(f"additional_config[{CONFIG_KEY!r}] is ours to write; use --kv-compression-config")
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
+    if not envs.VLLM_USE_V2_MODEL_RUNNER:
+        os.environ[_RUNNER_VARIABLE] = _RUNNER_V1
+    elif config.draft_tokens:
         raise ValueError(
-            f"--kv-compression runs on Model Runner V1 and {_RUNNER_VARIABLE}={os.environ[_RUNNER_VARIABLE]} asks "
-            f"for V2; unset {_RUNNER_VARIABLE}"
+            f"kv_compression_config: draft_tokens must be 0 on Model Runner V2, for which {_RUNNER_VARIABLE}="
+            f"{os.environ[_RUNNER_VARIABLE]} asks; got {config.draft_tokens}; unset {_RUNNER_VARIABLE}"
         )
-    os.environ[_RUNNER_VARIABLE] = _RUNNER_V1
     if (config.uses_tsp or config.all_queries_vote) and args.enable_prefix_caching is None:
         args.enable_prefix_caching = False
     if config.draft_tokens and args.speculative_config is None:

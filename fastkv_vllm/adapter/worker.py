@@ -16,21 +16,29 @@ from fastkv_vllm.adapter.wiring import compression_config
 class CompressionWorker(Worker):
     """Makes our runner and loads the model on our attention backend."""
 
-    runner_class: type[CompressionRunner] = CompressionRunner
+    @property
+    def runner_class(self) -> type[Any]:
+        """Of the generation that the configuration asks for; V2 is imported where it is used, as vLLM does."""
+        if self.use_v2_model_runner:
+            from fastkv_vllm.adapter.runner_v2 import CompressionRunnerV2
+
+            return CompressionRunnerV2
+        return CompressionRunner
 
     def init_device(self) -> None:
         super().init_device()
         if type(self.model_runner) is not self.runner_class:
             raise RuntimeError(
-                f"compression runs on {self.runner_class.__name__} (V1) and got {type(self.model_runner).__name__}; "
-                "unset VLLM_USE_V2_MODEL_RUNNER"
+                f"compression runs on {self.runner_class.__name__} and got {type(self.model_runner).__name__}"
             )
         self.model_runner.start_compression()
 
     def _make_model_runner(self) -> Any:
-        if self.use_v2_model_runner:
-            return super()._make_model_runner()  # to be refused
         return self.runner_class(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> Any:
+        with self.model_runner.warming_up():
+            return super().compile_or_warm_up_model()
 
     def last_kept(self) -> dict[str, Any] | None:
         """For the status page: what stayed of the last compressed prompt on this rank."""

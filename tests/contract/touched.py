@@ -52,19 +52,29 @@ MEMBERS = {
     "vllm.model_executor.models.interfaces_base:VllmModel": "embed_input_ids",
     "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration": "compute_logits",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "block_ids output_token_ids sampling_params",
-    # Taken by what stands before it in a file of its own.
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "attn_groups device get_model vllm_config",
+    # Taken by what stands before both generations, in a file of its own.
+    **{
+        f"vllm.v1.worker.{module}:GPUModelRunner": "attn_groups device get_model vllm_config"
+        for module in ("gpu_model_runner", "gpu.model_runner")
+    },
+    "vllm.v1.worker.gpu.model_runner:ExecuteModelState": "input_batch",
+    "vllm.v1.worker.gpu.async_utils:AsyncOutput": "model_runner_output",
+    "vllm.v1.worker.gpu.block_table:BlockTables": "block_tables",
+    "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor": "gpu",
+    "vllm.v1.worker.gpu.states:RequestState": "all_token_ids req_id_to_index",
+    "vllm.v1.core.sched.output:NewRequestData": "block_ids req_id",
+    "vllm.v1.core.sched.output:CachedRequestData": "new_block_ids req_ids",
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": "kv_cache",
     "vllm.config.speculative:SpeculativeConfig": "method model num_speculative_tokens",
     "vllm.v1.worker.block_table:BlockTable": "block_table",
     "vllm.v1.outputs:ModelRunnerOutput": "req_ids",
     "vllm.forward_context:ForwardContext": "attn_metadata skip_compiled slot_mapping",
     "vllm.engine.protocol:EngineClient": "collective_rpc vllm_config",
-    "vllm.sampling_params:SamplingParams": "extra_args max_tokens prompt_logprobs",
+    "vllm.sampling_params:SamplingParams": "extra_args max_tokens prompt_logprob_token_ids prompt_logprobs",
     "vllm.engine.arg_utils:EngineArgs": "additional_config enable_prefix_caching model speculative_config",
     "vllm.config:VllmConfig": (
         "cache_config kv_events_config kv_transfer_config lora_config model_config parallel_config scheduler_config "
-        "speculative_config"
+        "speculative_config use_v2_model_runner"
     ),
     "vllm.config:ModelConfig": (
         "architecture dtype enable_prompt_embeds get_head_size get_hidden_size get_sliding_window "
@@ -76,8 +86,8 @@ MEMBERS = {
     ),
     "vllm.config:SchedulerConfig": "async_scheduling scheduler_cls",
     "vllm.config:ParallelConfig": (
-        "data_parallel_size decode_context_parallel_size enable_dbo pipeline_parallel_size tensor_parallel_size "
-        "worker_cls"
+        "data_parallel_size decode_context_parallel_size enable_dbo pipeline_parallel_size "
+        "prefill_context_parallel_size tensor_parallel_size worker_cls"
     ),
 }
 

@@ -95,6 +95,8 @@ UNREACHABLE = {
     "keys and values per head": SimpleNamespace(model_config=SimpleNamespace(use_mla=True)),
     "attention in each layer": SimpleNamespace(model_config=SimpleNamespace(is_hybrid=True)),
     "whole requests on a rank": SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2)),
+    "whole prompts on a rank": SimpleNamespace(parallel_config=SimpleNamespace(prefill_context_parallel_size=2)),
+    "Model Runner V1, or V2 where VLLM_USE_V2_MODEL_RUNNER=1 asks for it": SimpleNamespace(use_v2_model_runner=True),
     "whole batches": SimpleNamespace(parallel_config=SimpleNamespace(enable_dbo=True)),
 }
 ELSEWHERE = (
@@ -102,6 +104,7 @@ ELSEWHERE = (
     "attention by one of",
     "one of Llama",
     "full attention in each layer",
+    "layers that are called one by one",
 )  # tests of their own
 
 
@@ -181,10 +184,25 @@ def test_prefix_caching_is_off_under_tsp_unless_asked_for(checkpoint):
     assert without_tsp.cache_config.enable_prefix_caching
 
 
-def test_model_runner_v2_is_refused(checkpoint, monkeypatch):
+def test_graphs_that_call_no_layer_are_refused_under_tsp(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match=r"layers that are called one by one, .* got VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+        configure(checkpoint, kv_compression="fastkv")
+    configure(checkpoint)
+
+
+def test_model_runner_v2_is_used_where_the_user_asks_for_it(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="runs on Model Runner V1 and VLLM_USE_V2_MODEL_RUNNER=1 asks for V2; unset"):
+    with pytest.raises(ValueError, match="Model Runner V2 requires Triton"):  # vLLM's own sentence
         configure(checkpoint)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert configure(checkpoint).use_v2_model_runner
+    drafting = {"codec": "int4x2", "draft_tokens": 2}
+    with pytest.raises(ValueError, match=r"draft_tokens must be 0 on Model Runner V2, .* got 2; unset VLLM_USE_V2_MO"):
+        configure(checkpoint, kv_compression_config=drafting)
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1", "left as it was"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    configure(checkpoint, kv_compression_config=drafting)
 
 
 def test_the_choice_of_runner_is_taken_back(checkpoint, monkeypatch):
@@ -352,7 +370,8 @@ def test_a_worker_refuses_another_runner(monkeypatch):
 
     monkeypatch.setattr(CPUWorker, "init_device", lambda self: setattr(self, "model_runner", OtherRunner()))
     worker = object.__new__(CPUCompressionWorker)
-    with pytest.raises(RuntimeError, match=r"CPUCompressionRunner \(V1\) and got OtherRunner; unset"):
+    worker.use_v2_model_runner = False
+    with pytest.raises(RuntimeError, match="compression runs on CPUCompressionRunner and got OtherRunner"):
         worker.init_device()
 
 
@@ -362,6 +381,9 @@ def test_prompt_logprobs_under_tsp_are_an_error_of_that_request_only(start):
     before = engine.totals.requests_compressed
     with pytest.raises(VLLMValidationError, match=r"prompt_logprobs cannot be had .* leave prompt_logprobs out"):
         engine.generate([prompt], 4, prompt_logprobs=0)
+    chosen_ones = SamplingParams(prompt_logprob_token_ids=[[5]] * 300)  # Model Runner V2 alone has them
+    with pytest.raises(VLLMValidationError, match=r"prompt_logprob_token_ids cannot be had with token-selective"):
+        engine.scheduler._choice.require_servable({"prompt_token_ids": prompt}, chosen_ones)
     assert not llm.has_unfinished_requests() and engine.totals.requests_compressed == before
     engine.check([prompt], max_tokens=8)
 
