@@ -5,6 +5,7 @@ of groups of encoded entries; where its sinks are stored as they are, they begin
 one layer at a time, decoded into pages of the engine's layout.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -140,12 +141,30 @@ class EncodedPages:
             values = values.gather(1, self.value_channels.flatten(0, 1)[heads])
         return self.codec.of_heads(heads).encode(keys, values)
 
-    def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """See `DecodedPages`; zeros in channels not stored."""
-        heads = self.heads_of(layer, pool.layout.block_size)
-        codec = self.codec.of_heads(heads)
-        needed = self.grid(pool)[..., : codec.read_bytes(self.entry)]
-        keys, values = codec.decode(needed[self.places(layer, pool)], self.entry)
+    @staticmethod
+    def decode(
+        requests: Sequence["EncodedPages"], layer: int, pool: PagePool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of a layer of requests that have one codec and shape of entries; see `DecodedPages`.
+
+        Together, since there are many operations and each is short. Zeros in channels not stored.
+        """
+        of_requests = [held.heads_of(layer, pool.layout.block_size) for held in requests]
+        heads, first = torch.cat(of_requests), requests[0]
+        codec = first.codec.of_heads(heads)
+        pages, places = (torch.cat(each) for each in zip(*(h.places(layer, pool) for h in requests), strict=True))
+        needed = first.grid(pool)[..., : codec.read_bytes(first.entry)]
+        keys, values = codec.decode(needed[pages, places], first.entry)
+        sizes = [len(each) for each in of_requests]
+        return [
+            held._completed(layer, pool, heads, *own)
+            for held, heads, *own in zip(requests, of_requests, keys.split(sizes), values.split(sizes), strict=True)
+        ]
+
+    def _completed(
+        self, layer: int, pool: PagePool, heads: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoded entries with all channels, and with sinks as they are stored."""
         if self.key_channels is not None:
             keys = self._whole(keys, self.key_channels.flatten(0, 1)[heads])
         if self.value_channels is not None:
@@ -154,7 +173,7 @@ class EncodedPages:
             sinks, (target, index) = self.sinks_of(layer, pool.layout.block_size), self.sink_bytes(layer, pool)
             data = target[index].unflatten(1, (self.num_exact, -1)).flatten(0, 1)
             keys[sinks], values[sinks] = ExactCodec().decode(data, replace(self.entry, channel_ratio=1.0))
-        return {layer: (keys, values)}
+        return keys, values
 
     def _whole(self, stored: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
         """Keys or values [n, D] of which these channels are stored, [n, Dk or Dv] each."""
@@ -177,7 +196,7 @@ class EncodedPages:
 
 
 class DecodedPages(KeptPages, Protocol):
-    """Where kept entries lie that attention reads from a copy."""
+    """Where kept entries lie that attention reads from a copy, and that each request decodes by itself."""
 
     def decode(self, layer: int, pool: PagePool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of a layer, and of those that are stored with it, head after head, [entries, D] float32."""
@@ -219,8 +238,12 @@ class EncodedReads(HeadReads):
     these requests hold of one layer. What is stored with another layer waits decoded for that layer.
     """
 
-    def __init__(self, rows: Sequence[HeadRows[DecodedPages]], pool: PagePool) -> None:
+    def __init__(self, rows: Sequence[HeadRows[EncodedPages | DecodedPages]], pool: PagePool) -> None:
         self._held = [r.held for r in rows]
+        self._together = defaultdict[tuple[Codec, EntryShape], list[int]](list)
+        for number, held in enumerate(self._held):
+            if isinstance(held, EncodedPages):
+                self._together[held.codec, held.entry].append(number)
         self._decoded: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in rows]  # and not read yet
         counts = torch.cat([held.counts for held in self._held], dim=1)  # [L, S]
         later = torch.tensor([r.num_blocks for r in rows]).repeat_interleave(pool.num_heads)  # [S]
@@ -242,15 +265,20 @@ class EncodedReads(HeadReads):
         later = torch.cat([pool.pages(r.blocks)[layer].flatten() for r in self.rows])
         num_decoded = int(self._num_decoded[layer])
         copy = pool.cache.new_empty(num_decoded + len(later), *pool.cache.shape[1:])
-        parts = zip(*(self._take(number, layer) for number in range(len(self.rows))), strict=True)
+        self._decode(layer)
+        parts = zip(*(decoded.pop(layer) for decoded in self._decoded), strict=True)
         keys, values = (torch.cat(part).to(copy.dtype).unsqueeze(1) for part in parts)
         pool.layout.write(copy, keys, values, torch.arange(num_decoded * size))
         copy[num_decoded:] = pool.cache[later]
         return copy
 
-    def _take(self, number: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a request in a layer; those decoded with them wait for the layer that reads them."""
-        decoded = self._decoded[number]
-        if layer not in decoded:
-            decoded.update(self._held[number].decode(layer, self.pool))
-        return decoded.pop(layer)
+    def _decode(self, layer: int) -> None:
+        """Decode a layer of all requests; what is decoded with it waits for the layer that reads it."""
+        for numbers in self._together.values():
+            requests = [held for n in numbers if isinstance(held := self._held[n], EncodedPages)]
+            for number, entries in zip(numbers, EncodedPages.decode(requests, layer, self.pool), strict=True):
+                self._decoded[number][layer] = entries
+        for held, decoded in zip(self._held, self._decoded, strict=True):
+            if layer not in decoded:
+                assert not isinstance(held, EncodedPages)
+                decoded.update(held.decode(layer, self.pool))
