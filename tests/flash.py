@@ -25,6 +25,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     monkeypatch.setitem(BACKENDS, "CPU_ATTN", BACKENDS["FLASH_ATTN"])
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: VERSION)
     monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: False)  # else all are rounded
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend, raising=False)
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", get_scheduler_metadata, raising=False)
     monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", reshape_and_cache_flash, raising=False)
