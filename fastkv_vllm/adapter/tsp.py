@@ -29,7 +29,7 @@ from fastkv_vllm.adapter.attention import CompressionMetadataBuilder
 from fastkv_vllm.adapter.batch import DecodeRows, PrefillRows, take_requests
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.detour import Layer, detour
-from fastkv_vllm.kernels.propagate import gather_stream
+from fastkv_vllm.kernels.propagate import gather_stream, scatter_rows
 
 logger = logging.getLogger("vllm.fastkv")
 
@@ -117,11 +117,11 @@ class TSPStep:
             hidden: output of the decoder on the last batch, [T_late, hidden].
             num_rows: rows of the step.
         """
-        full = hidden.new_zeros(num_rows, hidden.shape[1])
+        rows = torch.full((len(hidden),), -1, device="cpu")
         for segment in self._going:
-            count = 1 if segment.is_late else segment.count
-            full[self._segments[segment.request].rows][-count:] = hidden[segment.rows][-count:]
-        return full
+            count, end = 1 if segment.is_late else segment.count, self._segments[segment.request].rows.stop
+            rows[segment.rows][-count:] = torch.arange(end - count, end, device="cpu")
+        return scatter_rows(hidden, rows.to(hidden.device), num_rows)
 
     def _replace(self, index: int, forward: Layer) -> Layer:
         """A layer after the first cut, or with it: on the batch of those who go on, if there are any."""
