@@ -262,7 +262,7 @@ class EncodedReads(HeadReads):
 
     def cache(self, layer: int) -> torch.Tensor:
         pool, size = self.pool, self.pool.layout.block_size
-        later = torch.cat([pool.pages(r.blocks)[layer].flatten() for r in self.rows])
+        later = torch.cat([pool.pages(r.blocks, layer).flatten() for r in self.rows])
         num_decoded = int(self._num_decoded[layer])
         copy = pool.cache.new_empty(num_decoded + len(later), *pool.cache.shape[1:])
         self._decode(layer)
