@@ -159,7 +159,6 @@ REQUESTS = {
     "duoattention": ("duoattention", DUO | {"retention_ratio": 0.6, "head_weights": WEIGHTS}),
     "vl_cache": ("vl_cache", SMALL | {"num_sink": 2}),
     "adakv-int8": ("adakv", SMALL | {"retention_ratio": 0.3, "codec": "int8"}),
-    "snapkv-int4-all": ("snapkv", SMALL | {"codec": "int4", "residual_window": 40, "encode_generated": True}),
     "kivi": ("kivi", KIVI | {"codec": "kivi4"}),
     "skvq": ("skvq", {"min_tokens": 128, "residual_window": 40}),
     "kvsharer": SHARING["kvsharer"],
@@ -171,5 +170,6 @@ REQUESTS = {
     **GUARDED,
     "think-values": ENCODED["think-values"],
     "quantspec": ("quantspec", {"min_tokens": 128, "residual_window": 40}),
+    "snapkv-int4-all": ("snapkv", SMALL | {"codec": "int4", "residual_window": 40, "encode_generated": True}),
 }
 MIXED = make_prompts([1111, 700, 90, 1300, 96, 832])  # 90 and 96 are below min_tokens
