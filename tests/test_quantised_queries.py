@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
+from fastkv_vllm.adapter import planned
 from fastkv_vllm.adapter.attention import CompressionAttentionImpl, CompressionMetadata
 from fastkv_vllm.adapter.batch import LayerRows
 from fastkv_vllm.adapter.pages import RowLayout
@@ -63,3 +65,18 @@ def test_rows_read_head_by_head() -> None:
     reads: Any = SimpleNamespace(queries=(rows, heads), cache=lambda layer: torch.empty(0), metadata=[None] * 6)
     _, stored, output = forward(CompressionMetadata(None, NUM_ROWS, reads=(reads,)))
     assert torch.equal(output, (stored.float() * QUERY_SCALE).bfloat16())
+
+
+@pytest.mark.parametrize("num_scales", [1, NUM_HEADS])
+def test_a_scale_for_each_head_is_refused(num_scales: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the cache is made, among all that does not hold; here there is no cache either."""
+    one, keys = torch.ones(1), torch.ones(num_scales)
+    layer = SimpleNamespace(impl=Attention(), _q_scale=one, _k_scale=keys, _v_scale=one)
+    monkeypatch.setattr(planned, "get_layers_from_vllm_config", lambda *_: {LAYER.layer_name: layer})
+    runner = planned.PlannedRunner()
+    runner.vllm_config = None
+    cache: Any = SimpleNamespace(kv_cache_groups=[])
+    with pytest.raises(RuntimeError) as refused:
+        runner._require_our_classes(cache)
+    said = f"needs one scale for all heads of a layer, got {num_scales}" in str(refused.value)
+    assert said == (num_scales > 1)
