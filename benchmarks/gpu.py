@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +36,7 @@ from benchmarks.roofline import MODELS
 from benchmarks.speed.load import FP8, PLAIN, SNAPKV, Load, Setup
 from benchmarks.speed.summary import FIGURES, summarise
 from benchmarks.table import format_table
-from fastkv_vllm.codecs import CODECS, AffineCodec
+from fastkv_vllm.codecs import CODECS, Codec, EntryShape
 from fastkv_vllm.codecs.affine import CHANNELS
 from fastkv_vllm.kernels.column_sums import age_weights, column_sums
 from fastkv_vllm.kernels.compact import compact
@@ -137,7 +138,7 @@ def kernel_cases(device: torch.device, num_tokens: int) -> list[KernelCase]:
             lambda: (hidden + residual)[chosen],
         ),
         *_quantise_cases(keys),
-        _encoded_attention_case(keys, group),
+        *(_encoded_attention_case(keys, group, codec) for codec in ("int4", "fp8", "kivi4", "int4x2", "skvq")),
     ]
 
 
@@ -191,26 +192,28 @@ def _quantise_cases(keys: torch.Tensor) -> list[KernelCase]:
     ]
 
 
-def _encoded_attention_case(keys: torch.Tensor, group: int) -> KernelCase:
-    """A decode step of 8 requests that hold int4 entries, a tenth of a prompt, and 64 as they are."""
-    num_reqs, num_dense, num_bits = 8, 64, 4
+def _encoded_attention_case(keys: torch.Tensor, group: int, name: str) -> KernelCase:
+    """A decode step of 8 requests that hold entries of a codec, a tenth of a prompt, and 64 as they are."""
+    num_reqs, num_dense, codec, exact = 8, 64, CODECS[name], CODECS["exact"]
     heads, num_tokens, dim = keys.shape
-    codec, num_kept, num_sequences = CODECS[f"int{num_bits}"], num_tokens // 10, num_reqs * heads
-    assert isinstance(codec, AffineCodec)
-    data = codec.encode(keys[:, :num_kept].flatten(0, 1), keys[:, :num_kept].flatten(0, 1)).unflatten(0, (heads, -1))
-    encoded, dense = data.flatten(1).repeat(num_reqs, 1), keys.new_ones(num_sequences, num_dense * 2 * dim)
+    num_kept, num_sequences = num_tokens // 10 // codec.group_size * codec.group_size, num_reqs * heads
+    vectors, entry = keys[:, :num_kept].flatten(0, 1), EntryShape(dim, keys.dtype)
+    data = codec.encode(vectors, vectors).unflatten(0, (heads, -1))
+    encoded = data.flatten(1).repeat(num_reqs, 1)
+    dense = keys.new_ones(num_sequences, num_dense * 2 * dim).view(torch.uint8)
     tables = torch.arange(num_sequences, dtype=torch.int32, device=keys.device).unsqueeze(1)
-    parts = [
-        PagedEntries(pages, tables, torch.full_like(tables[:, 0], length))
-        for pages, length in ((encoded, num_kept), (dense, num_dense))
-    ]
+
+    def part(pages: torch.Tensor, length: int, of: Codec) -> PagedEntries:
+        lengths = torch.full_like(tables[:, 0], length)
+        return PagedEntries(pages, tables, lengths, of.form(entry), partial(of.decode, entry=entry))
+
+    parts = [part(encoded, num_kept, codec), part(dense, num_dense, exact)]
     queries = keys.new_ones(num_sequences, group, dim)
-    settings = {"num_bits": num_bits, "quant_group_size": codec.channels(dim), "scale": dim**-0.5}
     return KernelCase(
         "encoded_attention",
-        f"{num_reqs} requests, {heads} heads, {num_kept} int4 entries and {num_dense} as they are",
-        lambda: encoded_attention(queries, *parts, **settings),
-        encoded.numel() + dense.numel() * dense.element_size(),
+        f"{num_reqs} requests, {heads} heads, {num_kept} {name} entries and {num_dense} as they are",
+        lambda: encoded_attention(queries, parts, scale=dim**-0.5),
+        encoded.numel() + dense.numel(),
     )
 
 

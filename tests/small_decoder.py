@@ -25,7 +25,7 @@ from fastkv_vllm.adapter.ragged import HeadPages
 from fastkv_vllm.adapter.recipe import recipe_of
 from fastkv_vllm.adapter.revival import RevivablePages, RevivalStep
 from fastkv_vllm.adapter.tsp import TSPStep, segments_of
-from fastkv_vllm.codecs import CODECS, EntryShape
+from fastkv_vllm.codecs import CODECS, ChannelGroups, Codec, EntryShape, SkvqCodec
 from fastkv_vllm.config import CompressionConfig
 from tests.named_gpu import OnGPU
 
@@ -48,6 +48,10 @@ METHODS = {
     "gemfilter": ("gemfilter", SMALL | {"tsp_layer": 1}),
     "evicting": ("adakv", SMALL | {"evict_while_decoding": True}),
     "int8": ("snapkv", SMALL | {"codec": "int8"}),
+    "fp8": ("adakv", SMALL | {"codec": "fp8"}),
+    "int4x2": ("snapkv", SMALL | {"codec": "int4x2"}),
+    "skvq": ("snapkv", SMALL | {"codec": "skvq", "num_sink": 4, "channel_groups": "none"}),
+    "think-int4": ("think", SMALL | {"codec": "int4"}),
     "think": ("think", SMALL | {"value_channel_ratio": 0.5}),
     "minicache": ("minicache", {"min_tokens": 64, "merge_limit": 1.0, "layer_owners": [0, 0, 2, 2]}),
     "duoattention": (
@@ -125,10 +129,11 @@ class Attention(CompressionAttentionImpl, PlainAttention): ...
 
 @dataclass(frozen=True)
 class Backend:
-    """What attention runs on: `builder` is made for a device, `attention` for each layer."""
+    """What attention runs on: `builder` is made for a device, `attention` for each layer; codes are read in place."""
 
     builder: Callable[[torch.device], CompressionMetadataBuilder] = Builder
     attention: Callable[[], CompressionAttentionImpl] = Attention
+    takes_codes: bool = True
 
 
 class Layer(nn.Module):
@@ -155,6 +160,12 @@ class Layer(nn.Module):
         return output.flatten(1), residual
 
 
+def codecs() -> dict[str, Codec]:
+    """All, skvq with channels in an order of each head's own."""
+    orders = torch.rand(NUM_LAYERS * NUM_HEADS, 2, HEAD_DIM, generator=torch.Generator().manual_seed(2)).argsort(dim=2)
+    return CODECS | {"skvq": SkvqCodec(ChannelGroups(orders, torch.full((len(orders), 2, 2), 0.9)))}
+
+
 class Decoder:
     """Runs steps on a device; `place` takes a tensor of the host there."""
 
@@ -170,12 +181,12 @@ class Decoder:
         ]
         for layer in self.layers:
             layer.isa = vars(self.builder).get("isa")  # as vLLM's CPU engine tells them
-        self.compressor = Compressor(list(caches), self.builder.page_layout(caches.dtype), CODECS)
+        self.compressor = Compressor(list(caches), self.builder.page_layout(caches.dtype), codecs())
         pool = self.compressor.pool
         self.compressor.pool = replace(pool, cache=place(pool.cache), first=place(pool.first))
         self.compressor.evictor = Evictor(self.compressor.pool)
         self.builder.compressor = self.compressor
-        self.builder.takes_codes = True
+        self.builder.takes_codes = backend.takes_codes
 
     def step(self, batch: Batch, tables: list[list[int]], counts: list[int], lengths: list[int]) -> Tensor:
         """Final rows of a step: each request's block table, rows, and tokens after the step."""

@@ -6,6 +6,7 @@ rounds, how fast it is, or whether a kernel compiles there.
 """
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -69,12 +70,17 @@ def test_attention_of_the_cpu_engine(name: str) -> None:
     require_close(run(name, backend=backend_of(CPUCompressionBackend)), run(name))
 
 
-def test_codes_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As attention reads them on the CPU engine, from a copy."""
-    calls = flash.install(monkeypatch)
-    found = run("int8", backend=backend_of(FlashCompressionBackend))
-    require_close(found, run("int8", backend=backend_of(CPUCompressionBackend)))
+IN_CODES = ("int8", "fp8", "int4x2", "skvq", "think", "think-int4", "minicache")
+
+
+@pytest.mark.parametrize("name", IN_CODES)
+def test_codes_are_read_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a copy, by the same attention: one that rounds otherwise would give other codes."""
+    calls, backend = flash.install(monkeypatch), backend_of(FlashCompressionBackend)
+    found = run(name, backend=backend)
     assert calls and not any(how == "heads" for how, _ in calls), "nothing is read head by head from a copy"
+    require_close(found, run(name, backend=replace(backend, takes_codes=False)))
+    assert any(how == "heads" for how, _ in calls)
 
 
 @pytest.mark.slow
@@ -85,4 +91,5 @@ def test_triton_attention() -> None:
         require_close(found[name]["rows"], run(name))
         assert bool(found[name]["num_by_heads"]) == BY_HEADS[name] and found[name]["num_ordinary"]
     require_close(found[ON_TRITON[-1]]["in_graph"], run(ON_TRITON[-1]))
-    require_close(found["int8"]["rows"], run("int8"))
+    for name in ("int8", "skvq"):
+        require_close(found[name]["rows"], run(name))

@@ -44,7 +44,8 @@ def main(names: list[str]) -> None:
     results[names[-1]]["in_graph"] = in_graph
     for op in (encoded_attention, quantise):
         op.choose = lambda impl, device: "triton"  # as on a GPU
-    results["int8"] = {"rows": run("int8")}
+    for name in ("int8", "skvq"):
+        results[name] = {"rows": run(name)}
     report(results)
 
 

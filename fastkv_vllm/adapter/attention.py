@@ -32,7 +32,7 @@ from fastkv_vllm.adapter.batch import (
     take_requests,
     take_sequences,
 )
-from fastkv_vllm.adapter.codes import CodeReads, read_as_codes
+from fastkv_vllm.adapter.codes import CodeReads, alike, read_as_codes
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.device import made_on
 from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads
@@ -41,7 +41,6 @@ from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, ReadBuffers, rows_of
 from fastkv_vllm.adapter.revival import RevivalStep
-from fastkv_vllm.codecs import Codec
 
 _layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step
 
@@ -173,17 +172,17 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
             reads.append(self._buffers.write(rows_of(as_they_are, view, self.block_size), len(as_they_are)))
         encoded = {number: pages for number, pages in held.items() if not isinstance(pages, HeadPages)}
         copied: list[HeadRows[EncodedPages | MergedPages]] = []
-        codes: dict[Codec, list[HeadRows[EncodedPages]]] = defaultdict(list)
+        codes: dict[object, list[HeadRows[EncodedPages | MergedPages]]] = defaultdict(list)
         for rows in rows_of(encoded, view, self.block_size):
             if self.takes_codes and read_as_codes(rows, pool):
-                codes[rows.held.codec].append(rows)
+                codes[alike(rows.held)].append(rows)
             else:
                 copied.append(rows)
         if copied:
             reads.append(EncodedReads(copied, pool))
         for part in reads:
             part.metadata = self._of_sequences(part, view)
-        return tuple(reads), tuple(CodeReads(of_codec, pool) for of_codec in codes.values())
+        return tuple(reads), tuple(CodeReads(of_kind, pool) for of_kind in codes.values())
 
     def _of_sequences(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[Any]:
         """vLLM's metadata of the sequences of each layer."""

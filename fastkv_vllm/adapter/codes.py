@@ -2,58 +2,55 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeGuard
 
 import torch
 
 from fastkv_vllm.adapter.encoded import EncodedPages
-from fastkv_vllm.adapter.merged import Held
+from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import RowLayout
 from fastkv_vllm.adapter.ragged import HeadRows, PagePool
-from fastkv_vllm.codecs import AffineCodec
+from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec
 from fastkv_vllm.kernels.encoded_attention import PagedEntries, encoded_attention, takes
 
+InCodes = EncodedPages | MergedPages
 
-def read_as_codes(rows: HeadRows[Held], pool: PagePool) -> TypeGuard[HeadRows[EncodedPages]]:
-    """Whether `CodeReads` has them: one query, all channels, int8, int4 or int2, and pages of rows."""
-    held = rows.held
-    return (
-        rows.count == 1
-        and isinstance(held, EncodedPages)
-        and isinstance(held.codec, AffineCodec)
-        and not held.drops_channels
-        and isinstance(pool.layout, RowLayout)
-        and takes(pool.layout.head_dim, held.codec.channels(pool.layout.head_dim), pool.cache.dtype)
-    )
+
+def read_as_codes(rows: HeadRows[Held], pool: PagePool) -> TypeGuard[HeadRows[InCodes]]:
+    """Whether `CodeReads` has them: one query, and pages of rows whose vectors are not too wide."""
+    held, layout = rows.held, pool.layout
+    if rows.count != 1 or not isinstance(held, EncodedPages | MergedPages) or not isinstance(layout, RowLayout):
+        return False
+    codec = held.codec if isinstance(held, EncodedPages) else held.codec.vectors
+    whole = EntryShape(layout.head_dim, pool.cache.dtype)
+    return all(takes(form, whole.dtype) for form in (codec.form(held.entry), ExactCodec().form(whole)))
+
+
+def alike(held: InCodes) -> object:
+    """The same for requests whose entries are stored in the same way, layer by layer."""
+    if isinstance(held, MergedPages):
+        return held.codec, held.entry, tuple(held.upper.items())
+    return held.codec, held.entry, held.num_exact
 
 
 @dataclass(frozen=True)
 class CodeReads:
-    """Such rows of one codec; each (request, KV head) is a sequence.
+    """Such rows of requests that are alike; each (request, KV head) is a sequence.
 
     Fields:
         rows: in order.
         pool: of the engine.
     """
 
-    rows: Sequence[HeadRows[EncodedPages]]
+    rows: Sequence[HeadRows[InCodes]]
     pool: PagePool
 
     def attend(self, layer: int, query: torch.Tensor, scale: float, output: torch.Tensor) -> None:
         """Write attention of these rows in a layer; query and output [T, Hq, D] are the whole batch's."""
-        codec = self.rows[0].held.codec
-        assert isinstance(codec, AffineCodec), "see `read_as_codes`"
         num_heads, head_dim = self.pool.num_heads, self.pool.layout.head_dim
         queries = query[self._numbers].view(len(self.rows) * num_heads, -1, head_dim)
-        found = encoded_attention(
-            queries,
-            self._encoded(layer),
-            self._later(layer),
-            num_bits=codec.num_bits,
-            quant_group_size=codec.channels(head_dim),
-            scale=scale,
-        )
+        found = encoded_attention(queries, [*self._stored(layer), self._later(layer)], scale=scale)
         output[self._numbers] = found.view(len(self.rows), -1, head_dim)
 
     @cached_property
@@ -61,19 +58,86 @@ class CodeReads:
         """Of the rows in the batch, [R] int64."""
         return torch.tensor([r.first for r in self.rows])
 
-    def _encoded(self, layer: int) -> PagedEntries:
-        tables, lengths = self._stored
-        return PagedEntries(self.pool.cache.view(torch.uint8).flatten(1), tables[layer], lengths[layer])
-
     @cached_property
-    def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages and numbers of the encoded entries, [L, S, width] and [L, S] int32."""
-        counts = torch.cat([r.held.counts for r in self.rows], dim=1) * self.pool.layout.block_size
-        return _side_by_side([r.held.stored.pages for r in self.rows]), counts.to(torch.int32)
+    def _pages(self) -> torch.Tensor:
+        """Bytes of the pool, [num_pages, bytes]."""
+        return self.pool.cache.view(torch.uint8).flatten(1)
+
+    def _stored(self, layer: int) -> list[PagedEntries]:
+        held = self.rows[0].held
+        return self._encoded(held, layer) if isinstance(held, EncodedPages) else self._merged(held, layer)
+
+    def _encoded(self, held: EncodedPages, layer: int) -> list[PagedEntries]:
+        """Entries as their codec has them, and sinks as they are."""
+        tables, counts = self._tables[layer], self._counts[layer]
+        key_channels, value_channels = self._channels[layer]
+        codec, shift = held.codec.as_stored(), held.shift
+        encoded = PagedEntries(
+            self._pages,
+            tables,
+            counts + shift,
+            codec.form(held.entry),
+            partial(_decode, codec, held.entry),
+            held.num_exact + shift,
+            key_channels,
+            value_channels,
+        )
+        return [encoded, self._exact(tables, counts.clamp(max=held.num_exact))] if held.num_exact else [encoded]
+
+    def _merged(self, held: MergedPages, layer: int) -> list[PagedEntries]:
+        """Records of two layers, and of the upper one its retained entries."""
+        codec, entry, vectors = held.codec, held.entry, held.codec.vectors
+        lower = next((below for below, above in held.upper.items() if layer in (below, above)), None)
+        form, decode = vectors.form(entry), partial(_decode, vectors, entry)
+        if lower is None:
+            return [PagedEntries(self._pages, self._tables[layer], self._counts[layer], form, decode)]
+        upper = layer != lower
+        of_layer = codec.form(entry, upper=upper), partial(codec.decode, entry=entry, upper=upper)
+        records = PagedEntries(self._pages, self._tables[lower], self._counts[lower], *of_layer)
+        if not upper:
+            return [records]
+        return [records, PagedEntries(self._pages, self._tables[layer], self._num_own[layer], form, decode)]
 
     def _later(self, layer: int) -> PagedEntries:
         tables, lengths = self._written_since
-        return PagedEntries(self.pool.cache.flatten(1), tables[layer], lengths)
+        return self._exact(tables[layer], lengths)
+
+    def _exact(self, tables: torch.Tensor, lengths: torch.Tensor) -> PagedEntries:
+        codec, entry = ExactCodec(), EntryShape(self.pool.layout.head_dim, self.pool.cache.dtype)
+        return PagedEntries(self._pages, tables, lengths, codec.form(entry), partial(_decode, codec, entry))
+
+    @cached_property
+    def _tables(self) -> torch.Tensor:
+        """Pages of what is stored, [L, S, width] int32."""
+        return _side_by_side([r.held.stored.pages for r in self.rows])
+
+    @cached_property
+    def _counts(self) -> torch.Tensor:
+        """Entries that attention sees of it, [L, S] int32."""
+        counts = torch.cat([r.held.counts for r in self.rows], dim=1) * self.pool.layout.block_size
+        return counts.to(torch.int32)
+
+    @cached_property
+    def _num_own(self) -> torch.Tensor:
+        """Retained entries of upper layers, [L, S] int32."""
+        return torch.cat([r.held.num_own for r in self.rows if isinstance(r.held, MergedPages)], dim=1)
+
+    @cached_property
+    def _channels(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Those of each layer's stored keys and values, [S, Dk] and [S, Dv]; None: all in order."""
+        channels: list[list[torch.Tensor | None]] = []
+        for part, name in enumerate(("key_channels", "value_channels")):
+            of_rows = []
+            for held in (r.held for r in self.rows):
+                assert isinstance(held, EncodedPages), "rows are alike"
+                num_layers, num_heads = held.counts.shape
+                order = held.codec.orders(torch.arange(num_layers * num_heads))
+                order = None if order is None else order[:, part].unflatten(0, (num_layers, num_heads))
+                chosen = getattr(held, name)
+                of_rows.append(order if chosen is None else chosen if order is None else chosen.gather(2, order))
+            given = [each for each in of_rows if each is not None]
+            channels.append(list(torch.cat(given, dim=1)) if given else [None] * len(self._counts))
+        return list(zip(*channels, strict=True))
 
     @cached_property
     def _written_since(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +146,10 @@ class CodeReads:
         lengths = [r.num_tokens - r.held.num_whole * size for r in self.rows for _ in range(self.pool.num_heads)]
         tables = _side_by_side([self.pool.pages(r.blocks) for r in self.rows])
         return tables, torch.tensor(lengths, dtype=torch.int32)
+
+
+def _decode(codec: Codec, entry: EntryShape, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return codec.decode(records[:, : codec.read_bytes(entry)], entry)
 
 
 def _side_by_side(tables: Sequence[torch.Tensor]) -> torch.Tensor:

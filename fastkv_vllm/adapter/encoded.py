@@ -83,7 +83,7 @@ class EncodedPages:
         per_page = self.grid(pool).shape[1]
         of_heads = self.counts[layer] * (pool.layout.block_size // self.codec.group_size)
         heads = torch.arange(len(of_heads)).repeat_interleave(of_heads)
-        number = torch.arange(len(heads)) - (of_heads.cumsum(0) - of_heads)[heads] + self._shift
+        number = torch.arange(len(heads)) - (of_heads.cumsum(0) - of_heads)[heads] + self.shift
         return self.stored.pages[layer, heads, number // per_page], number % per_page
 
     def with_block(self, pool: PagePool, block: int, stays: bool) -> "EncodedPages":
@@ -95,11 +95,11 @@ class EncodedPages:
         """Page and place in it of each group of the last block, [L, H, groups] int64 each."""
         per_page = self.grid(pool).shape[1]
         groups = pool.layout.block_size // self.codec.group_size
-        number = (self.counts.unsqueeze(-1) - 1) * groups + torch.arange(groups) + self._shift
+        number = (self.counts.unsqueeze(-1) - 1) * groups + torch.arange(groups) + self.shift
         return self.stored.pages.gather(2, number // per_page), number % per_page
 
     @property
-    def _shift(self) -> int:
+    def shift(self) -> int:
         """Places that codes begin later than they would: their own places of the sinks lie below what these take."""
         return self.codec.sink_places(self.num_exact, self.entry)
 

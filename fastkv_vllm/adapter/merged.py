@@ -26,6 +26,7 @@ class MergedPages:
         entry: what an entry is.
         upper: lower layer of each pair -> its upper layer.
         num_retained: entries of a head that the upper layer of a pair has room for.
+        num_own: those it has, once they are stored, [L, H] int32.
     """
 
     num_whole: int
@@ -35,6 +36,7 @@ class MergedPages:
     entry: EntryShape
     upper: dict[int, int]
     num_retained: int
+    num_own: torch.Tensor
 
     @cached_property
     def host_counts(self) -> torch.Tensor:
@@ -49,7 +51,8 @@ class MergedPages:
         upper = {owner: layer for layer, owner in enumerate(plan.layer_owners) if owner != layer}
         entry = EntryShape(pool.layout.head_dim, pool.cache.dtype)
         num_retained = plan.most_retained(int(counts[0, 0]))
-        return cls(plan.num_whole_blocks, counts, stored, codec, entry, upper, num_retained)
+        num_own = counts.new_zeros(counts.shape, dtype=torch.int32)
+        return cls(plan.num_whole_blocks, counts, stored, codec, entry, upper, num_retained, num_own)
 
     def grid(self, layer: int, pool: PagePool) -> torch.Tensor:
         """The pool's bytes as places of what a layer stores, [pages, places of a page, B] uint8; a view."""

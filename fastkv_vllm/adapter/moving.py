@@ -181,6 +181,7 @@ def _merge(
         return [Overwrite(held.grid(layer, pool), places, codes)]
     lower, upper = (torch.stack(pair).unflatten(1, (pool.num_heads, -1)).transpose(0, 1) for pair in (own, above))
     records, retained = held.codec.merge(lower, upper, held.num_retained)
+    held.num_own[held.upper[layer]] = retained.sum(dim=1)
     moves: list[Move] = [Overwrite(held.grid(layer, pool), places, records)]
     if retained.any():
         heads, entries = retained.nonzero(as_tuple=True)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import VectorCodec
+from fastkv_vllm.kernels.encoded_attention import Kind, Vectors
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
 
 CHANNELS = 64  # of a group at most
@@ -35,6 +36,9 @@ class AffineCodec(VectorCodec):
         if size % num_groups:
             raise ValueError(f"heads must have channels for groups of equally many, {CHANNELS} or fewer; got {size}")
         return size // num_groups
+
+    def vector_form(self, size: int, low: int) -> Vectors:
+        return Vectors(Kind.BY_TOKEN, size, low, channels=self.channels(size), levels=2**self.num_bits)
 
     def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         groups = vectors.unflatten(-1, (-1, self.channels(vectors.shape[-1])))  # [N, groups, channels]

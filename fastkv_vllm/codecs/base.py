@@ -7,6 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from fastkv_vllm.kernels.encoded_attention import Form, Vectors
+
 
 @dataclass(frozen=True)
 class EntryShape:
@@ -100,8 +102,20 @@ class Codec(ABC):
         B is `read_bytes`.
         """
 
+    @abstractmethod
+    def form(self, entry: EntryShape) -> Form:
+        """Where the bytes of a group lie, for kernels that read them in place."""
+
     def of_heads(self, heads: torch.Tensor) -> "Codec":
         """The same for entries of these KV heads, [N] int64, counted layer after layer."""
+        return self
+
+    def orders(self, heads: torch.Tensor) -> torch.Tensor | None:
+        """Channels of these KV heads in the order in which they are stored, [N, 2, D] int64; None: ascending."""
+        return None
+
+    def as_stored(self) -> "Codec":
+        """The same for entries whose channels are in that order already."""
         return self
 
     def sink_places(self, num_sink: int, entry: EntryShape) -> int:
@@ -147,8 +161,16 @@ class VectorCodec(Codec):
     def decode_vectors(self, data: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Vectors of so many elements, which had this dtype, [N, B] uint8 -> [N, size] float32."""
 
+    @abstractmethod
+    def vector_form(self, size: int, low: int) -> Vectors:
+        """Where the bytes of such a vector lie that begins at byte `low` of a record."""
+
     def num_bytes(self, entry: EntryShape) -> int:
         return sum(self.vector_bytes(size, entry.dtype) for size in (entry.key_dim, entry.value_dim))
+
+    def form(self, entry: EntryShape) -> Form:
+        values = self.vector_form(entry.value_dim, self.vector_bytes(entry.key_dim, entry.dtype))
+        return Form(self.num_bytes(entry), 1, self.vector_form(entry.key_dim, 0), values)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.encode_vectors(keys), self.encode_vectors(values)], dim=1)

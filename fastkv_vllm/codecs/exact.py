@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import VectorCodec
+from fastkv_vllm.kernels.encoded_attention import Kind, Vectors
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class ExactCodec(VectorCodec):
 
     def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
         return size * dtype.itemsize
+
+    def vector_form(self, size: int, low: int) -> Vectors:
+        return Vectors(Kind.ELEMENTS, size, low)
 
     def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors.contiguous().view(torch.uint8)

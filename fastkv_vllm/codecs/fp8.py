@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import VectorCodec
+from fastkv_vllm.kernels.encoded_attention import Kind, Vectors
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Float8Codec(VectorCodec):
 
     def vector_bytes(self, size: int, dtype: torch.dtype) -> int:
         return size
+
+    def vector_form(self, size: int, low: int) -> Vectors:
+        return Vectors(Kind.FLOAT8, size, low)
 
     def encode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         largest = torch.finfo(self.dtype).max

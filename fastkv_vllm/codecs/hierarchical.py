@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.kernels.encoded_attention import Form, Kind, Vectors
 
 TOKENS = 16  # of a channel of the keys that make a group
 CHANNELS = 32  # of a token's value that do
@@ -39,6 +40,18 @@ class HierarchicalCodec(Codec):
 
     def draft_view(self) -> "HierarchicalCodec":
         return replace(self, is_draft=True)
+
+    def form(self, entry: EntryShape) -> Form:
+        header, of_keys, of_values, *_ = self._sizes(entry, halves=2)
+        num_values = TOKENS * entry.value_dim // CHANNELS
+        more = -1 if self.is_draft else header + of_keys + of_values
+        keys = Vectors(Kind.HALVES_BY_CHANNEL, entry.key_dim, 0, 2 * entry.key_dim, header, more)
+        low, codes = 4 * entry.key_dim, header + of_keys
+        more += 0 if self.is_draft else of_keys
+        values = Vectors(
+            Kind.HALVES_BY_TOKEN, entry.value_dim, low, low + 2 * num_values, codes, more, channels=CHANNELS
+        )
+        return Form(self.num_bytes(entry), TOKENS, keys, values)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         by_token = values.float().reshape(-1, TOKENS, values.shape[1] // CHANNELS, CHANNELS)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.kernels.encoded_attention import Form, Kind, Vectors
 from fastkv_vllm.kernels.quantise import dequantise, group_bytes, quantise
 
 
@@ -35,6 +36,16 @@ class KiviCodec(Codec):
         of_keys = entry.key_dim * group_bytes(self.group_size, self.num_bits)
         groups = self.group_size * entry.value_dim // self.channels
         return of_keys + groups * group_bytes(self.channels, self.num_bits)
+
+    def form(self, entry: EntryShape) -> Form:
+        levels = 2**self.num_bits
+        low = entry.key_dim * group_bytes(self.group_size, self.num_bits)
+        of_token = entry.value_dim // self.channels * group_bytes(self.channels, self.num_bits)
+        values = Vectors(
+            Kind.BY_TOKEN, entry.value_dim, low, token_bytes=of_token, channels=self.channels, levels=levels
+        )
+        keys = Vectors(Kind.BY_CHANNEL, entry.key_dim, levels=levels)
+        return Form(self.num_bytes(entry), self.group_size, keys, values)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         by_channel = keys.unflatten(0, (-1, self.group_size)).transpose(1, 2)  # [g, D, 32]

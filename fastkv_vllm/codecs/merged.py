@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import EntryShape, VectorCodec
+from fastkv_vllm.kernels.encoded_attention import Form
 from fastkv_vllm.kernels.merge_layers import (
     LayerPair,
     distinct_entries,
@@ -56,6 +57,25 @@ class PairCodec:
     def page_entries(self, block_size: int, entry: EntryShape) -> int:
         """Records that fit into a page of `block_size` entries."""
         return block_size * entry.num_bytes // self.num_bytes(entry)
+
+    def form(self, entry: EntryShape, *, upper: bool) -> Form:
+        """Where the bytes of the upper or the lower layer lie in a record."""
+        of_vector = self.vectors.vector_bytes(entry.head_dim, entry.dtype)
+        key, value = (int(upper), 2) if self.values_only else (0, 1)
+        magnitude = (value + 1) * of_vector + int(upper) * entry.dtype.itemsize
+        keys, values = (self.vectors.vector_form(entry.head_dim, each * of_vector) for each in (key, value))
+        if not self.values_only:
+            keys, magnitude = keys._replace(magnitude=magnitude), magnitude + 2 * entry.dtype.itemsize
+        return Form(self.num_bytes(entry), 1, keys, values._replace(magnitude=magnitude), skips_retained=upper)
+
+    def decode(self, records: torch.Tensor, entry: EntryShape, *, upper: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the upper or the lower layer, [N, D] float32 each, from records [N, B].
+
+        Where the upper layer's are retained they are elsewhere; zeros stand in their places.
+        """
+        restored = self.restore(records.unsqueeze(0), torch.zeros(1, 2, 0, entry.head_dim), entry)
+        keys, values = restored[int(upper), 0]
+        return keys, values
 
     def merge(self, lower: torch.Tensor, upper: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Records of two layers' entries.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from fastkv_vllm.codecs.base import Codec, EntryShape
+from fastkv_vllm.kernels.encoded_attention import Form, Kind, Vectors
 
 LEVELS = 4, 3  # values that a number of a key, of a value, can take
 _CODES = {4: 4, 3: 5}  # of a byte: 4^4 = 256, 3^5 = 243
@@ -73,6 +74,22 @@ class SkvqCodec(Codec):
 
     def of_heads(self, heads: torch.Tensor) -> "SkvqCodec":
         return replace(self, heads=heads)
+
+    def form(self, entry: EntryShape) -> Form:
+        parts, low = list[Vectors](), 0
+        for size, levels in zip((entry.key_dim, entry.value_dim), LEVELS, strict=True):
+            groups = num_groups(size)
+            steps, codes = low + groups, low + 2 * groups
+            parts.append(Vectors(Kind.CLIPPED, size, low, steps, codes, channels=size // groups, levels=levels))
+            low += _num_bytes(size, levels)
+        keys, values = parts
+        return Form(low, 1, keys, values)
+
+    def orders(self, heads: torch.Tensor) -> torch.Tensor | None:
+        return None if self.groups is None else self.groups.orders[heads]
+
+    def as_stored(self) -> "SkvqCodec":
+        return SkvqCodec()
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         parts = []

@@ -12,6 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
 from fastkv_vllm.adapter import codes
+from fastkv_vllm.kernels.encoded_attention import Kind
 from tests import flash
 from tests.engine.requests import answer
 from tests.engine.settings import SERVER
@@ -29,6 +30,9 @@ NAMES = (
     "minicache",
     "adakv-int8",
     "snapkv-int4-all",
+    "skvq",
+    "quantspec",
+    "think-values",
 )
 
 
@@ -45,7 +49,11 @@ def test_requests_of_all_kinds(calls, start):
     read = mock.patch.object(codes, "encoded_attention", wraps=codes.encoded_attention)
     with read as attend, engine.step_tokens(300):  # prompts come in chunks, beside requests that decode
         answer(engine, NAMES)
-    assert {call.kwargs["num_bits"] for call in attend.call_args_list} == {4, 8}, "codes are read where they lie"
+    parts = [part for call in attend.call_args_list for part in call.args[1]]
+    assert {part.form.keys.kind for part in parts} == set(Kind) - {Kind.FLOAT8, Kind.HALVES_BY_TOKEN}, (
+        "read where they lie"
+    )
+    assert any(part.form.skips_retained for part in parts), "merged layers, too"
     assert calls.keys() == {(how, what) for how in ("ordinary", "heads") for what in ("prefill", "decode")}
     answer(engine, ("adakv",), shift=3)  # alone: all its rows are read head by head
 

@@ -1,11 +1,15 @@
 """Attention of one query to entries that lie encoded in pages, read without decoding them anywhere else."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fastkv_vllm.kernels.encoded_attention.forms import Form, Kind, Vectors
 from fastkv_vllm.kernels.encoded_attention.reference import encoded_attention_reference
 from fastkv_vllm.kernels.implementations import choose
+
+__all__ = ["Form", "Kind", "PagedEntries", "Vectors", "encoded_attention", "takes"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Bytes of an element -> channels of a vector, groups and their number rounded up to powers of two: room of a program.
@@ -14,51 +18,55 @@ MOST_CHANNELS = {2: 256, 4: 128}
 
 @dataclass(frozen=True)
 class PagedEntries:
-    """Entries of sequences in pages, any number of them to a page.
+    """Entries of sequences in pages, all stored in one form.
 
-    Entry i of sequence s lies in page tables[s, i // n] at place i % n, n being the entries of a page.
+    Record i of sequence s lies in page tables[s, i // n] at place i % n, n being the records of a page.
 
     Fields:
-        pages: [num_pages, width]; rows may lie apart, what is in them may not.
+        pages: [num_pages, bytes] uint8; rows may lie apart, what is in them may not.
         tables: [S, columns] int32; what lies beyond a sequence's last page is not looked at.
-        lengths: entries of each sequence, [S] int32, at most columns * n.
+        lengths: entries of each sequence, [S] int32, `first` included.
+        form: where bytes lie.
+        decode: records [n, num_bytes] uint8 -> keys [n * group_size, Dk] and values [n * group_size, Dv] float32: what
+            `form` says, in torch.
+        first: entries of each sequence that are not read, at its beginning.
+        key_channels, value_channels: channel that each stored number is of, [S, Dk] and [S, Dv] int64; None: all
+            channels are stored, in order. Those not stored are 0.
     """
 
     pages: torch.Tensor
     tables: torch.Tensor
     lengths: torch.Tensor
+    form: Form
+    decode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    first: int = 0
+    key_channels: torch.Tensor | None = None
+    value_channels: torch.Tensor | None = None
 
 
-def takes(head_dim: int, quant_group_size: int, dtype: torch.dtype) -> bool:
-    """Whether there is room for vectors of so many channels in groups of so many, once decoded to this dtype."""
-    num_groups = head_dim // quant_group_size
-    padded = 1 << (num_groups - 1).bit_length() << (quant_group_size - 1).bit_length()
-    return padded <= MOST_CHANNELS[dtype.itemsize]
+def takes(form: Form, dtype: torch.dtype) -> bool:
+    """Whether there is room for vectors of such entries, once decoded to this dtype."""
+    return max(_padded(form.keys), _padded(form.values)) <= MOST_CHANNELS[dtype.itemsize]
+
+
+def _padded(vectors: Vectors) -> int:
+    num_groups, width = 1, vectors.size
+    if vectors.kind == Kind.BY_TOKEN:
+        num_groups, width = vectors.size // vectors.channels, vectors.channels
+    return 1 << (num_groups - 1).bit_length() << (width - 1).bit_length()
 
 
 def encoded_attention(
-    queries: torch.Tensor,
-    encoded: PagedEntries,
-    dense: PagedEntries,
-    *,
-    num_bits: int,
-    quant_group_size: int,
-    scale: float,
-    impl: str | None = None,
+    queries: torch.Tensor, parts: Sequence[PagedEntries], *, scale: float, impl: str | None = None
 ) -> torch.Tensor:
-    """Softmax attention of a token's query heads to entries that are encoded and entries that are not.
+    """Softmax attention of a token's query heads to entries that are stored in several ways.
 
-    out[s, g] = softmax(scale * queries[s, g] . keys[s]) values[s], over the encoded entries, decoded and rounded to the
-    queries' dtype, and the dense ones. Sums run in float32.
+    out[s, g] = softmax(scale * queries[s, g] . keys[s]) values[s], over the entries of all parts, decoded and rounded
+    to the queries' dtype. Sums run in float32.
 
     Args:
         queries: of the query heads of each (request, KV head), a sequence, [S, G, D], float32, float16 or bfloat16.
-        encoded: entries of a key and a value, each as the groups that `quantise` gives, side by side;
-            pages [num_pages, bytes] uint8, as many entries to a page as fit.
-        dense: entries of a key and a value, each [D]; pages [num_pages, entries * 2 * D] of the queries' dtype. Each
-            sequence has an entry at least, encoded or dense.
-        num_bits: of a code: 2, 4 or 8.
-        quant_group_size: numbers of a group, a divisor of D.
+        parts: entries of the sequences; each sequence has one at least in any of them.
         scale: of the logits.
         impl: see `implementations.choose`.
 
@@ -68,46 +76,51 @@ def encoded_attention(
     Raises:
         ValueError: shapes, dtypes or implementation do not fit.
 
-    Source: split keys merged by log-sum-exp as Flash-Decoding has it; codes of KIVI, arXiv 2402.02750, by token.
+    Source: split keys merged by log-sum-exp as Flash-Decoding has it.
     """
     if queries.dim() != 3 or queries.dtype not in DTYPES:
         raise ValueError(
             f"queries must be [S, G, D], float32, float16 or bfloat16; got {list(queries.shape)} {queries.dtype}"
         )
-    num_sequences, _, head_dim = queries.shape
-    if num_bits not in (2, 4, 8):
-        raise ValueError(f"codes must have 2, 4 or 8 bits; got {num_bits}")
-    if quant_group_size < 1 or head_dim % quant_group_size or quant_group_size * num_bits % 8:
-        raise ValueError(
-            f"quant_group_size must divide {head_dim} and {num_bits} bits of each must fill bytes; got "
-            f"{quant_group_size}"
-        )
-    if not takes(head_dim, quant_group_size, queries.dtype):
-        most = MOST_CHANNELS[queries.dtype.itemsize]
-        raise ValueError(
-            f"vectors must have at most {most} channels of {queries.dtype}, groups and their number padded to powers "
-            f"of two; got {head_dim} in groups of {quant_group_size}"
-        )
-    entry = 2 * (head_dim // quant_group_size) * (4 + quant_group_size * num_bits // 8)
-    _check("encoded", encoded, torch.uint8, entry, num_sequences)
-    _check("dense", dense, queries.dtype, 2 * head_dim, num_sequences)
+    for number, part in enumerate(parts):
+        _check(f"part {number}", part, queries)
     if choose(impl, queries.device) == "reference":
-        return encoded_attention_reference(queries, encoded, dense, num_bits, quant_group_size, scale)
+        return encoded_attention_reference(queries, parts, scale)
     from fastkv_vllm.kernels.encoded_attention.triton import encoded_attention_triton
 
-    return encoded_attention_triton(queries, encoded, dense, num_bits, quant_group_size, scale)
+    return encoded_attention_triton(queries, parts, scale)
 
 
-def _check(name: str, entries: PagedEntries, dtype: torch.dtype, width: int, num_sequences: int) -> None:
-    pages, tables, lengths = entries.pages, entries.tables, entries.lengths
-    if pages.dim() != 2 or pages.dtype != dtype or pages.shape[1] < width or pages.stride(1) != 1:
+def _check(name: str, part: PagedEntries, queries: torch.Tensor) -> None:
+    pages, tables, lengths, form = part.pages, part.tables, part.lengths, part.form
+    num_sequences, _, head_dim = queries.shape
+    if pages.dim() != 2 or pages.dtype != torch.uint8 or pages.shape[1] < form.num_bytes or pages.stride(1) != 1:
         raise ValueError(
-            f"{name} pages must be [num_pages, {width} or more] {dtype}, side by side; got {list(pages.shape)} "
-            f"{pages.dtype}, strides {pages.stride()}"
+            f"{name}: pages must be [num_pages, {form.num_bytes} or more] uint8, side by side; got "
+            f"{list(pages.shape)} {pages.dtype}, strides {pages.stride()}"
         )
     if tables.dim() != 2 or len(tables) != num_sequences or tables.dtype != torch.int32:
         raise ValueError(
-            f"{name} tables must be [{num_sequences}, columns] int32; got {list(tables.shape)} {tables.dtype}"
+            f"{name}: tables must be [{num_sequences}, columns] int32; got {list(tables.shape)} {tables.dtype}"
         )
     if lengths.shape != (num_sequences,) or lengths.dtype != torch.int32:
-        raise ValueError(f"{name} lengths must be [{num_sequences}] int32; got {list(lengths.shape)} {lengths.dtype}")
+        raise ValueError(f"{name}: lengths must be [{num_sequences}] int32; got {list(lengths.shape)} {lengths.dtype}")
+    if part.first % form.group_size:
+        raise ValueError(f"{name}: first must be a multiple of the record's {form.group_size}; got {part.first}")
+    for what, vectors, channels in (
+        ("key_channels", form.keys, part.key_channels),
+        ("value_channels", form.values, part.value_channels),
+    ):
+        if channels is None:
+            if vectors.size != head_dim:
+                raise ValueError(f"{name}: {what} must be given where {vectors.size} of {head_dim} are stored")
+        elif channels.shape != (num_sequences, vectors.size) or channels.dtype != torch.int64:
+            raise ValueError(
+                f"{name}: {what} must be [{num_sequences}, {vectors.size}] int64; got {list(channels.shape)} "
+                f"{channels.dtype}"
+            )
+    if not takes(form, queries.dtype):
+        raise ValueError(
+            f"{name}: vectors must have at most {MOST_CHANNELS[queries.dtype.itemsize]} channels of {queries.dtype}, "
+            f"groups and their number padded to powers of two; got {form.keys} and {form.values}"
+        )

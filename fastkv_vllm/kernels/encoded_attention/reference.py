@@ -1,50 +1,45 @@
 """Torch definition of `encoded_attention`: specification, CPU path and oracle."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-
-class _Entries(Protocol):
-    """See `PagedEntries`."""
-
-    @property
-    def pages(self) -> torch.Tensor: ...
-
-    @property
-    def tables(self) -> torch.Tensor: ...
-
-    @property
-    def lengths(self) -> torch.Tensor: ...
+if TYPE_CHECKING:
+    from fastkv_vllm.kernels.encoded_attention import PagedEntries
 
 
-def encoded_attention_reference(
-    queries: torch.Tensor, encoded: _Entries, dense: _Entries, num_bits: int, quant_group_size: int, scale: float
-) -> torch.Tensor:
+def encoded_attention_reference(queries: torch.Tensor, parts: Sequence["PagedEntries"], scale: float) -> torch.Tensor:
     """See `encoded_attention`; arguments are taken as checked."""
-    head_dim, out = queries.shape[2], torch.empty_like(queries)
-    of_group = 4 + quant_group_size * num_bits // 8
-    data = _take(encoded, 2 * (head_dim // quant_group_size) * of_group)
-    rows = _take(dense, 2 * head_dim)
-    for s, (q, codes, own) in enumerate(zip(queries, data, rows, strict=True)):
-        decoded = _decode(codes.unflatten(1, (-1, of_group)), num_bits).flatten(1).to(queries.dtype)
-        keys, values = torch.cat([decoded, own]).float().split(head_dim, dim=1)
+    out = torch.empty_like(queries)
+    for s, q in enumerate(queries):
+        read = [_entries(part, s, queries) for part in parts]
+        keys, values = (torch.cat(each).float() for each in zip(*read, strict=True))
         out[s] = (q.float() @ keys.T * scale).softmax(dim=1) @ values
     return out
 
 
-def _decode(groups: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Numbers of groups of bytes, [n, groups, B] -> [n, groups, B'] float32."""
-    header = groups[..., :4].clone(memory_format=torch.contiguous_format)
-    low, step = header.view(torch.float16).float().split(1, dim=-1)
-    codes = [(groups[..., 4:] >> shift) & (2**num_bits - 1) for shift in range(0, 8, num_bits)]
-    return torch.stack(codes, dim=-1).flatten(-2).float() * step + low
-
-
-def _take(entries: _Entries, width: int) -> list[torch.Tensor]:
-    """Entries of each sequence, [n, width]."""
-    found, per_page = [], entries.pages.shape[1] // width
-    for table, length in zip(entries.tables, entries.lengths.tolist(), strict=True):
-        pages = entries.pages[table[: -(-length // per_page)].long(), : per_page * width]
-        found.append(pages.reshape(-1, width)[:length])
-    return found
+def _entries(part: "PagedEntries", s: int, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a sequence with all channels, [n, D] each, the queries' dtype."""
+    form, length = part.form, int(part.lengths[s])
+    if length <= part.first:
+        nothing = queries.new_empty(0, queries.shape[2])
+        return nothing, nothing
+    per_page = part.pages.shape[1] // form.num_bytes
+    num_records = -(-length // form.group_size)
+    pages = part.pages[part.tables[s, : -(-num_records // per_page)].long(), : per_page * form.num_bytes]
+    records = pages.reshape(-1, form.num_bytes)[part.first // form.group_size : num_records]
+    read = []
+    of_parts = part.key_channels, part.value_channels
+    for vectors, channels in zip(part.decode(records), of_parts, strict=True):
+        rounded = vectors[: length - part.first].to(queries.dtype)
+        if channels is not None:
+            whole = rounded.new_zeros(len(rounded), queries.shape[2])
+            rounded = whole.scatter_(1, channels[s].expand(len(rounded), -1), rounded)
+        read.append(rounded)
+    if form.skips_retained:
+        at = form.values.magnitude
+        magnitudes = records[:, at : at + queries.element_size()].clone(memory_format=torch.contiguous_format)
+        there = magnitudes.view(queries.dtype).flatten() >= 0
+        read = [vectors[there] for vectors in read]
+    return read[0], read[1]
