@@ -218,29 +218,18 @@ def _encoded_attention_case(keys: torch.Tensor, group: int, name: str) -> Kernel
 
 
 def _page_tables_case(device: torch.device, num_layers: int, heads: int, num_blocks: int) -> KernelCase:
-    """A decode step of 64 requests that hold a tenth of their prompts' pages."""
-    num_reqs, num_held = 64, num_blocks // 10
+    """A request that holds a tenth of its prompt's pages begins another block."""
+    num_held, num_since = num_blocks // 10, 8
     whole = {"dtype": torch.int64, "device": device}
-    counts = torch.full((num_reqs, num_layers, heads), num_held, **whole)
-    held = torch.randint(num_blocks, (int(counts.sum()),), **whole)
-    block_tables = torch.randint(num_blocks, (num_reqs, num_blocks + 8), dtype=torch.int32, device=device)
-    num_whole = torch.full((num_reqs,), num_blocks, **whole)
-    lengths = torch.full((num_reqs,), num_blocks * BLOCK_SIZE + 100, dtype=torch.int32, device=device)
-    out = (
-        torch.zeros(num_layers, num_reqs * heads, block_tables.shape[1], dtype=torch.int32, device=device),
-        torch.zeros(num_layers, num_reqs * heads, dtype=torch.int32, device=device),
-    )
-    arguments = {
-        "num_whole": num_whole,
-        "seq_lens": lengths,
-        "first": torch.arange(num_layers, **whole) * num_blocks * heads,
-        "block_size": BLOCK_SIZE,
-        "out": out,
-    }
+    held = torch.randint(num_blocks, (num_layers, heads, num_held), **whole)
+    counts = torch.full((num_layers, heads), num_held, **whole)
+    blocks = torch.randint(num_blocks, (num_since,), dtype=torch.int32, device=device)
+    first = torch.arange(num_layers, **whole) * num_blocks * heads
+    out = torch.zeros(num_layers, heads, num_held + num_since, dtype=torch.int32, device=device)
     return KernelCase(
         "page_tables",
-        f"{num_reqs} requests, {num_layers} layers, {heads} heads, {num_held} pages each",
-        lambda: page_tables(held, counts, block_tables, **arguments),
+        f"{num_layers} layers, {heads} heads, {num_held} pages each",
+        lambda: page_tables(held, counts, blocks, first=first, out=out),
         held.numel() * 12,
     )
 

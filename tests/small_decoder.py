@@ -160,10 +160,10 @@ class Layer(nn.Module):
         return output.flatten(1), residual
 
 
-def codecs() -> dict[str, Codec]:
-    """All, skvq with channels in an order of each head's own."""
+def codecs(place: Any) -> dict[str, Codec]:
+    """All, skvq with channels in an order of each head's own; `place` as for `Decoder`."""
     orders = torch.rand(NUM_LAYERS * NUM_HEADS, 2, HEAD_DIM, generator=torch.Generator().manual_seed(2)).argsort(dim=2)
-    return CODECS | {"skvq": SkvqCodec(ChannelGroups(orders, torch.full((len(orders), 2, 2), 0.9)))}
+    return CODECS | {"skvq": SkvqCodec(ChannelGroups(place(orders), place(torch.full((len(orders), 2, 2), 0.9))))}
 
 
 class Decoder:
@@ -181,7 +181,7 @@ class Decoder:
         ]
         for layer in self.layers:
             layer.isa = vars(self.builder).get("isa")  # as vLLM's CPU engine tells them
-        self.compressor = Compressor(list(caches), self.builder.page_layout(caches.dtype), codecs())
+        self.compressor = Compressor(list(caches), self.builder.page_layout(caches.dtype), codecs(place))
         pool = self.compressor.pool
         self.compressor.pool = replace(pool, cache=place(pool.cache), first=place(pool.first))
         self.compressor.evictor = Evictor(self.compressor.pool)

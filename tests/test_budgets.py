@@ -12,7 +12,6 @@ from fastkv_vllm.adapter.pages import ProbedLayout
 from fastkv_vllm.adapter.ragged import HeadPages, HeadRows, PagePool, ReadBuffers, blocks_for
 from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
-from fastkv_vllm.kernels.page_tables import page_tables
 from fastkv_vllm.kernels.select import select, select_ragged
 from fastkv_vllm.methods.density import by_density
 from tests.reference.budgets import hand_out
@@ -195,32 +194,6 @@ def test_shared_pages_are_those_of_the_destination(pool: PagePool, seed: int) ->
 def test_even_counts_stay_in_their_own_pages(pool: PagePool) -> None:
     held = HeadPages.share(20, torch.full((NUM_LAYERS, NUM_HEADS), 2), pool, [4, 9])
     assert torch.equal(held.pages, pool.pages(torch.tensor([4, 9])))
-
-
-def test_the_op_writes_the_tables_the_engine_reads(pool: PagePool) -> None:
-    """Requests of other counts, lengths and blocks since; the op's rows end where the engine's are padded."""
-    generator = torch.Generator().manual_seed(3)
-    block_tables, rows = torch.randint(1, 10, (3, 24), generator=generator, dtype=torch.int32), []
-    for request, (num_whole, num_tokens) in enumerate([(20, 640), (5, 161), (7, 9 * BLOCK_SIZE + 1)]):
-        counts = torch.randint(1, 4, (NUM_LAYERS, NUM_HEADS), generator=generator)
-        held = HeadPages.share(num_whole, counts, pool, [4, 9, 2])
-        num_blocks = -(-num_tokens // BLOCK_SIZE) - num_whole
-        rows.append(HeadRows(request, 1, num_tokens, num_blocks, block_tables[request], held))
-    reads = ReadBuffers(pool).write(rows, 3)
-    expected, lengths = reads.tables, reads.seq_lens
-    found = torch.zeros(NUM_LAYERS, 3 * NUM_HEADS, 24, dtype=torch.int32), torch.zeros_like(lengths)
-    held_pages = [r.held.pages[torch.arange(r.held.pages.shape[2]) < r.held.counts.unsqueeze(-1)] for r in rows]
-    page_tables(
-        torch.cat(held_pages),
-        torch.stack([r.held.counts for r in rows]),
-        block_tables,
-        num_whole=torch.tensor([r.held.num_whole for r in rows]),
-        seq_lens=torch.tensor([r.num_tokens for r in rows], dtype=torch.int32),
-        first=pool.first,
-        block_size=BLOCK_SIZE,
-        out=found,
-    )
-    assert torch.equal(found[0][..., : expected.shape[2]], expected) and torch.equal(found[1], lengths)
 
 
 @pytest.mark.parametrize("room", [(), (4, 30)], ids=["growing", "large enough"])

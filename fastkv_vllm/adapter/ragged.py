@@ -14,6 +14,7 @@ import torch
 
 from fastkv_vllm.adapter.pages import PageLayout
 from fastkv_vllm.cache import Streaming
+from fastkv_vllm.kernels.page_tables import page_tables
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,17 @@ class HeadPages:
 
     def table(self, pool: PagePool, appended: torch.Tensor) -> torch.Tensor:
         """Page table with the blocks written since the prompt, [B] ids -> [L, H, most + B] int64."""
-        later = pool.pages(appended)
-        table = torch.nn.functional.pad(self.pages, (0, len(appended)))
-        index = self.counts.unsqueeze(-1) + torch.arange(len(appended))
-        return table.scatter(2, index, later)
+        table = self.pages.new_empty(*self.counts.shape, self.pages.shape[2] + len(appended))
+        self.write_table(pool, appended, table)
+        return table
+
+    def write_table(self, pool: PagePool, appended: torch.Tensor, out: torch.Tensor) -> None:
+        """Write it into the first columns of [L, H, width], int32 or int64."""
+        page_tables(self.pages, self.counts, appended, first=self.first_pages(pool), out=out)
+
+    def first_pages(self, pool: PagePool) -> torch.Tensor:
+        """Id of the first page of the cache that each layer reads, [L] int64."""
+        return pool.first
 
 
 @dataclass(frozen=True)
@@ -205,8 +213,8 @@ class SharedPages(HeadPages):
         layers = torch.tensor(owners)
         return cls(owned.num_whole, owned.counts[layers], owned.pages[layers], owned, layers)
 
-    def table(self, pool: PagePool, appended: torch.Tensor) -> torch.Tensor:
-        return self.owned.table(pool, appended)[self.owners]
+    def first_pages(self, pool: PagePool) -> torch.Tensor:
+        return pool.first[self.owners]
 
 
 P = TypeVar("P", bound=KeptPages, covariant=True)
@@ -233,9 +241,9 @@ class HeadRows(Generic[P]):
 
     @cached_property
     def blocks(self) -> torch.Tensor:
-        """Blocks from the prompt's last, partial one on, [num_blocks] int64."""
+        """Blocks from the prompt's last, partial one on, [num_blocks] int32."""
         whole = self.held.num_whole
-        return self.block_table[whole : whole + self.num_blocks].to(torch.int64)
+        return self.block_table[whole : whole + self.num_blocks]
 
 
 @dataclass
@@ -343,8 +351,7 @@ class ReadBuffers:
         for place, row in enumerate(rows):
             held, num_blocks = before[place] if place < len(before) else (None, 0)
             if held is not row.held or num_blocks != row.num_blocks:
-                table = row.held.table(self._pool, row.blocks)
-                self._tables[:, place, :, : table.shape[2]] = table
+                row.held.write_table(self._pool, row.blocks, self._tables[:, place])
             if held is not row.held:
                 size = self._pool.layout.block_size
                 self._more[:, place] = (row.held.host_counts - row.held.num_whole) * size

@@ -4,26 +4,13 @@ import torch
 
 
 def page_tables_reference(
-    held: torch.Tensor,
-    counts: torch.Tensor,
-    block_tables: torch.Tensor,
-    num_whole: torch.Tensor,
-    seq_lens: torch.Tensor,
-    first: torch.Tensor,
-    block_size: int,
-    tables: torch.Tensor,
-    lengths: torch.Tensor,
+    held: torch.Tensor, counts: torch.Tensor, blocks: torch.Tensor, first: torch.Tensor, out: torch.Tensor
 ) -> None:
     """See `page_tables`; arguments are taken as checked."""
-    _, num_layers, num_heads = counts.shape
-    heads = torch.arange(num_heads, device=counts.device)
-    parts = held.split(counts.flatten().tolist())
-    for request, (whole, length) in enumerate(zip(num_whole.tolist(), seq_lens.tolist(), strict=True)):
-        later = block_tables[request, whole : -(-length // block_size)].to(torch.int64)
-        appended = first[:, None, None] + later * num_heads + heads[:, None]  # [L, H, blocks]
-        for layer in range(num_layers):
-            for head in range(num_heads):
-                pages = torch.cat([parts[(request * num_layers + layer) * num_heads + head], appended[layer, head]])
-                tables[layer, request * num_heads + head, : len(pages)] = pages.to(torch.int32)
-    entries = counts * block_size + (seq_lens - num_whole * block_size)[:, None, None]  # [R, L, H]
-    lengths.copy_(entries.transpose(0, 1).flatten(1))
+    _, num_heads, most = held.shape
+    since = first[:, None, None] + blocks * num_heads + torch.arange(num_heads, device=out.device)[:, None]
+    place = counts.unsqueeze(-1) + torch.arange(len(blocks), device=out.device)
+    is_held = torch.arange(most, device=out.device) < counts.unsqueeze(-1)
+    out[..., :most] = held * is_held
+    out[..., most : most + len(blocks)] = 0
+    out.scatter_(2, place, since.to(out.dtype))
