@@ -21,6 +21,7 @@ engine whose counters say that it did something else than its configuration says
 | drafts | decode with and without drafts, and how many are accepted, on the tiny model's questions; eager, in process |
 | streaming | first token and most blocks held where heads let go while a prompt is read; eager, in process |
 | ragged | a decode step of 4 x 2048 tokens with budgets by layer and head; eager, all in one engine |
+| beside-codes | a decode step of requests without a codec after some with one; eager, all in one engine |
 | load | `vllm serve` under `vllm bench serve`, by requests under way, in a pool of fixed bytes; eager |
 | kv-dtypes | what the engine makes of vLLM's --kv-cache-dtype, with the tiny model's questions |
 

@@ -97,6 +97,13 @@ STORED_SMALLER = (
     Setup("snapkv, int4", "snapkv", {"retention_ratio": 0.4, "codec": "int4"}),
     Setup("snapkv, skvq", "snapkv", {"retention_ratio": 0.7, "codec": "skvq", "num_sink": 5, "channel_groups": "none"}),
 )
+# In turn: each answers after the one before it, the first after the last.
+BESIDE_CODES = (
+    PLAIN_REQUESTS,
+    SNAPKV,
+    Setup("snapkv, int4", "snapkv", {"retention_ratio": 0.4, "codec": "int4"}),
+    Setup("snapkv, after int4", "snapkv", {"retention_ratio": 0.1}),
+)
 FP8 = Setup("fp8", engine={"kv_cache_dtype": "fp8"}, entry_bytes=1)
 
 

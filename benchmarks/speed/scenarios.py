@@ -10,6 +10,7 @@ from benchmarks.models import LlamaShape
 from benchmarks.questions import CHECKPOINT
 from benchmarks.speed.load import (
     ADAKV,
+    BESIDE_CODES,
     CACHED,
     CACHED_SNAPKV,
     CUTS,
@@ -139,6 +140,11 @@ def _ragged(quick: bool) -> dict[str, Case]:
     load = Load(4, 1024, 16, 512) if quick else Load(4, 2048, 96)
     setups = (PLAIN_REQUESTS, SNAPKV, EVEN_HEADS, PYRAMIDKV, ADAKV)
     return {"ragged": Case(_shape_of(load), load, setups, 1 if quick else 7, in_turn=True)}
+
+
+def _beside_codes(quick: bool) -> dict[str, Case]:
+    load = Load(4, 512, 16, 512) if quick else Load(4, 1024, 96)
+    return {"beside-codes": Case(_shape_of(load), load, BESIDE_CODES, 1 if quick else 7, in_turn=True)}
 
 
 def _methods(quick: bool) -> dict[str, Case]:
@@ -290,6 +296,13 @@ SCENARIOS = {
         _ragged,
         ("step_ms", *_SHARES, "blocks_after"),
         ("step_ms", "step_ms ratio", *_SHARES, "blocks_after"),
+        measure_engine,
+    ),
+    "beside-codes": Scenario(
+        "Requests without a codec on an engine that has just served some with one",
+        _beside_codes,
+        ("step_ms", "blocks_after"),
+        ("step_ms", "step_ms ratio", "blocks_after"),
         measure_engine,
     ),
     "load": Scenario(
