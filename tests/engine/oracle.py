@@ -24,6 +24,7 @@ from tests.reference import Drop, Generation, ReferenceModel
 from tests.reference.images import num_after_image
 
 BLOCK_SIZE = 32
+COARSE = ("int2", "kivi2", "skvq")  # codecs of two bits or less
 KV_CACHE = ("auto", 1.0, 1.0)  # of the reference, with its scales; a test that serves another kind sets it
 ENTRY = EntryShape(head_dim=32, dtype=torch.float32)  # of the checkpoints that codecs are tested on
 
@@ -166,8 +167,17 @@ def clear(
     return prompt
 
 
+def most_off(config: CompressionConfig | None) -> float:
+    """Most that float noise moves the logprob of one token; half of an answer's are within `tolerance`.
+
+    A token may hang on a code that noise decides: with skvq's one was off by 0.09 where the CPU has AVX2 alone, the
+    others by 2e-3 or less.
+    """
+    return tolerance(config) * (10 if config is not None and config.codec in COARSE else 1)
+
+
 def tolerance(config: CompressionConfig | None) -> float:
-    """Most that float noise moves a logprob.
+    """Most that float noise moves a logprob, but for a single one of COARSE codecs.
 
     Two ways to add float32 numbers differ by 2e-5 here; one missing or misplaced row moves a logprob by more than 1e-2.
     With a codec such noise decides between two codes now and then: keys and values off by 2e-6 of themselves moved the
@@ -176,7 +186,7 @@ def tolerance(config: CompressionConfig | None) -> float:
     """
     if config is None or config.codec in ("none", "exact"):
         return 2e-4
-    return (2e-2 if config.codec in ("int2", "kivi2", "skvq") else 1e-2) * (2 if config.encode_generated else 1)
+    return (2e-2 if config.codec in COARSE else 1e-2) * (2 if config.encode_generated else 1)
 
 
 def is_clear(

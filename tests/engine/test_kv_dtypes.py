@@ -3,6 +3,7 @@
 from itertools import count
 
 import pytest
+import torch
 
 from tests import flash
 from tests.engine import oracle
@@ -35,6 +36,8 @@ KINDS = {"fp8": ("fp8", 0.5, 0.25), "fp8_e5m2": ("fp8_e5m2", 1.0, 1.0), "flash":
 
 @pytest.fixture(params=KINDS, scope="module")
 def engine(request, start, two_layers):
+    if request.param != "flash" and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        pytest.skip("vLLM's CPU attention has eight-bit caches with AVX-512 or AMX only")
     kind, k_scale, v_scale = KINDS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "KV_CACHE", KINDS[request.param])
