@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from fastkv_vllm.adapter.batch import (
     take_requests,
     take_sequences,
 )
-from fastkv_vllm.adapter.codes import CodeReads, alike, read_as_codes
+from fastkv_vllm.adapter.codes import CodeBuffers, CodeReads, alike, read_as_codes
 from fastkv_vllm.adapter.compressor import Compressor
 from fastkv_vllm.adapter.device import made_on
 from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads
@@ -82,6 +83,7 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
     view: CommonAttentionMetadata | None = None
     _buffers: ReadBuffers | None = None
     _graph_buffers: ReadBuffers | None = None
+    _code_buffers: Mapping[object, CodeBuffers] = MappingProxyType({})
 
     @abstractmethod
     def page_layout(self, dtype: torch.dtype) -> PageLayout:
@@ -182,7 +184,8 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
             reads.append(EncodedReads(copied, pool))
         for part in reads:
             part.metadata = self._of_sequences(part, view)
-        return tuple(reads), tuple(CodeReads(of_kind, pool) for of_kind in codes.values())
+        self._code_buffers = {kind: self._code_buffers.get(kind) or CodeBuffers(pool) for kind in codes}
+        return tuple(reads), tuple(self._code_buffers[kind].write(of_kind) for kind, of_kind in codes.items())
 
     def _of_sequences(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[Any]:
         """vLLM's metadata of the sequences of each layer."""

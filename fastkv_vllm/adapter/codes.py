@@ -10,7 +10,7 @@ import torch
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import RowLayout
-from fastkv_vllm.adapter.ragged import HeadRows, PagePool
+from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, ReadBuffers
 from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec
 from fastkv_vllm.kernels.encoded_attention import PagedEntries, encoded_attention, takes
 
@@ -39,33 +39,78 @@ class CodeReads:
     """Such rows of requests that are alike; each (request, KV head) is a sequence.
 
     Fields:
-        rows: in order.
-        pool: of the engine.
+        stored: what they hold in codes.
+        later: reads of what they have written since.
     """
 
-    rows: Sequence[HeadRows[InCodes]]
-    pool: PagePool
+    stored: "StoredCodes"
+    later: HeadReads
 
     def attend(self, layer: int, query: torch.Tensor, scale: float, output: torch.Tensor) -> None:
         """Write attention of these rows in a layer; query and output [T, Hq, D] are the whole batch's."""
-        num_heads, head_dim = self.pool.num_heads, self.pool.layout.head_dim
-        queries = query[self._numbers].view(len(self.rows) * num_heads, -1, head_dim)
-        found = encoded_attention(queries, [*self._stored(layer), self._later(layer)], scale=scale)
-        output[self._numbers] = found.view(len(self.rows), -1, head_dim)
+        num_reqs, num_heads, head_dim = len(self.later.rows), self.later.pool.num_heads, query.shape[2]
+        queries = query[self._numbers].view(num_reqs * num_heads, -1, head_dim)
+        later = self.stored.as_they_are(self.later.tables[layer], self.later.seq_lens[layer])
+        found = encoded_attention(queries, [*self.stored.parts[layer], later], scale=scale)
+        output[self._numbers] = found.view(num_reqs, -1, head_dim)
 
     @cached_property
     def _numbers(self) -> torch.Tensor:
         """Of the rows in the batch, [R] int64."""
-        return torch.tensor([r.first for r in self.rows])
+        return torch.tensor([r.first for r in self.later.rows])
+
+
+class CodeBuffers:
+    """What reads of requests that are alike need from step to step: made anew where others decode, or hold others."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._later = ReadBuffers(pool)
+        self._stored = StoredCodes((), pool)
+        self._none: dict[int, HeadPages] = {}  # by id of what each holds: of its own pages none is read as it is
+
+    def write(self, rows: Sequence[HeadRows[InCodes]]) -> CodeReads:
+        """Reads of these rows; valid until the next ones are written."""
+        before = self._stored.held
+        if len(before) != len(rows) or any(old is not r.held for old, r in zip(before, rows, strict=True)):
+            held = [r.held for r in rows]
+            self._none = {id(h): self._none.get(id(h)) or HeadPages.none(self._pool, h.num_whole) for h in held}
+            self._stored = StoredCodes(held, self._pool)
+        later = [
+            HeadRows(r.first, r.count, r.num_tokens, r.num_blocks, r.block_table, self._none[id(r.held)]) for r in rows
+        ]
+        return CodeReads(self._stored, self._later.write(later, len(later)))
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """What requests that are alike hold in codes, each (request, KV head) a sequence.
+
+    Fields:
+        held: of each request.
+        pool: of the engine.
+    """
+
+    held: Sequence[InCodes]
+    pool: PagePool
+
+    @cached_property
+    def parts(self) -> list[list[PagedEntries]]:
+        """Of each layer, each way of storing one."""
+        first, layers = self.held[0], range(len(self.pool.first))
+        if isinstance(first, EncodedPages):
+            return [self._encoded(first, layer) for layer in layers]
+        return [self._merged(first, layer) for layer in layers]
+
+    def as_they_are(self, tables: torch.Tensor, lengths: torch.Tensor) -> PagedEntries:
+        """Entries in the model's dtype, in pages [S, width] int32 of which each sequence has so many, [S] int32."""
+        codec, entry = ExactCodec(), EntryShape(self.pool.layout.head_dim, self.pool.cache.dtype)
+        return PagedEntries(self._pages, tables, lengths, codec.form(entry), partial(_decode, codec, entry))
 
     @cached_property
     def _pages(self) -> torch.Tensor:
         """Bytes of the pool, [num_pages, bytes]."""
         return self.pool.cache.view(torch.uint8).flatten(1)
-
-    def _stored(self, layer: int) -> list[PagedEntries]:
-        held = self.rows[0].held
-        return self._encoded(held, layer) if isinstance(held, EncodedPages) else self._merged(held, layer)
 
     def _encoded(self, held: EncodedPages, layer: int) -> list[PagedEntries]:
         """Entries as their codec has them, and sinks as they are."""
@@ -82,7 +127,7 @@ class CodeReads:
             key_channels,
             value_channels,
         )
-        return [encoded, self._exact(tables, counts.clamp(max=held.num_exact))] if held.num_exact else [encoded]
+        return [encoded, self.as_they_are(tables, counts.clamp(max=held.num_exact))] if held.num_exact else [encoded]
 
     def _merged(self, held: MergedPages, layer: int) -> list[PagedEntries]:
         """Records of two layers, and of the upper one its retained entries."""
@@ -98,29 +143,21 @@ class CodeReads:
             return [records]
         return [records, PagedEntries(self._pages, self._tables[layer], self._num_own[layer], form, decode)]
 
-    def _later(self, layer: int) -> PagedEntries:
-        tables, lengths = self._written_since
-        return self._exact(tables[layer], lengths)
-
-    def _exact(self, tables: torch.Tensor, lengths: torch.Tensor) -> PagedEntries:
-        codec, entry = ExactCodec(), EntryShape(self.pool.layout.head_dim, self.pool.cache.dtype)
-        return PagedEntries(self._pages, tables, lengths, codec.form(entry), partial(_decode, codec, entry))
-
     @cached_property
     def _tables(self) -> torch.Tensor:
         """Pages of what is stored, [L, S, width] int32."""
-        return _side_by_side([r.held.stored.pages for r in self.rows])
+        return _side_by_side([h.stored.pages for h in self.held])
 
     @cached_property
     def _counts(self) -> torch.Tensor:
         """Entries that attention sees of it, [L, S] int32."""
-        counts = torch.cat([r.held.counts for r in self.rows], dim=1) * self.pool.layout.block_size
+        counts = torch.cat([h.counts for h in self.held], dim=1) * self.pool.layout.block_size
         return counts.to(torch.int32)
 
     @cached_property
     def _num_own(self) -> torch.Tensor:
         """Retained entries of upper layers, [L, S] int32."""
-        return torch.cat([r.held.num_own for r in self.rows if isinstance(r.held, MergedPages)], dim=1)
+        return torch.cat([h.num_own for h in self.held if isinstance(h, MergedPages)], dim=1)
 
     @cached_property
     def _channels(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
@@ -128,7 +165,7 @@ class CodeReads:
         channels: list[list[torch.Tensor | None]] = []
         for part, name in enumerate(("key_channels", "value_channels")):
             of_rows = []
-            for held in (r.held for r in self.rows):
+            for held in self.held:
                 assert isinstance(held, EncodedPages), "rows are alike"
                 num_layers, num_heads = held.counts.shape
                 order = held.codec.orders(torch.arange(num_layers * num_heads))
@@ -138,14 +175,6 @@ class CodeReads:
             given = [each for each in of_rows if each is not None]
             channels.append(list(torch.cat(given, dim=1)) if given else [None] * len(self._counts))
         return list(zip(*channels, strict=True))
-
-    @cached_property
-    def _written_since(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages and number of the entries after them, [L, S, width] and [S] int32."""
-        size = self.pool.layout.block_size
-        lengths = [r.num_tokens - r.held.num_whole * size for r in self.rows for _ in range(self.pool.num_heads)]
-        tables = _side_by_side([self.pool.pages(r.blocks) for r in self.rows])
-        return tables, torch.tensor(lengths, dtype=torch.int32)
 
 
 def _decode(codec: Codec, entry: EntryShape, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

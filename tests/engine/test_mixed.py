@@ -1,9 +1,14 @@
 """Requests with methods and settings of their own in one batch: each exact, all blocks back."""
 
+from contextlib import ExitStack
+from unittest import mock
+
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads
+from fastkv_vllm.adapter.merged import MergedPages
 from fastkv_vllm.methods import CUT_BUDGETS, method_names
 from tests.engine.harness import sampling
 from tests.engine.oracle import BLOCK_SIZE, code_blocks, make_prompts, plan_of, reference
@@ -60,6 +65,25 @@ def test_a_small_pool(start):
     engine = start("fastkv", SERVER, max_num_seqs=10, num_gpu_blocks_override=75)
     with engine.step_tokens(300), engine.watch():
         answer(engine)
+
+
+def test_requests_without_a_codec_run_none_of_it(engine):
+    """Before and after those with one: codes slow nobody who does not use them."""
+    plain, encoded = ("none", "snapkv", "adakv"), ("adakv-int8", "kivi", "skvq", "minicache")
+    codecs = {"codec": EncodedPages, "layers as one": MergedPages, "copy": EncodedReads}
+    with ExitStack() as counted:
+        made = {
+            name: counted.enter_context(mock.patch.object(cls, "__init__", autospec=True, side_effect=cls.__init__))
+            for name, cls in codecs.items()
+        }
+        answer(engine, plain)
+        assert not any(each.call_count for each in made.values())
+        answer(engine, encoded)
+        assert all(each.call_count for each in made.values())
+        for each in made.values():
+            each.reset_mock()
+        answer(engine, plain, shift=3)
+        assert not any(each.call_count for each in made.values())
 
 
 def test_settings_change_the_servers_own(engine):
