@@ -31,23 +31,28 @@ class Interpreter:
 def _prepare() -> None:
     assert "triton" not in sys.modules, "the variable comes first"
     os.environ["TRITON_INTERPRET"] = "1"
-    _multiply_bfloat16()
+    _sum_products_in_float64()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # this is what fills the memory of torch.empty
 
 
-def _multiply_bfloat16() -> None:
-    """Products of bfloat16 in float32, which holds each of its numbers: Triton 3.9 interprets them as integers."""
+def _sum_products_in_float64() -> None:
+    """Products as they are defined, not as numpy's library for the host's CPU adds them up.
+
+    Triton 3.9 interprets bfloat16 as integers there, and where a CPU has AVX2 alone equal columns get unequal sums.
+    """
+    import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def widened(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+    def widened(handle: TensorHandle) -> np.ndarray:
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype("uint32") << 16).view("float32").astype("float64")
+        return handle.data.astype("float64")
 
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *args: Any) -> TensorHandle:
-        return original(self, widened(a), widened(b), *args)
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *settings: Any
+    ) -> TensorHandle:
+        return TensorHandle((widened(a) @ widened(b) + d.data).astype(d.data.dtype), d.dtype.scalar)
 
-    original = InterpreterBuilder.create_dot
     InterpreterBuilder.create_dot = create_dot

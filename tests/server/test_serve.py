@@ -7,13 +7,13 @@ import openai
 import pytest
 import requests
 
-from benchmarks.server import sample_value
+from benchmarks.server import sample_value, serve
 from benchmarks.soak import draw, soak
 from benchmarks.tiny_model.language import make_example
 from fastkv_vllm.adapter.metrics import BLOCK_TOKENS, COUNTERS, CUTS, LEFT_ALONE, POOL_TOKENS, STASH_BYTES
 from fastkv_vllm.config import CompressionConfig
 from tests.deploy.conftest import metrics_of, queries
-from tests.server.conftest import MODEL, SETTINGS, client_of
+from tests.server.conftest import CHECKPOINT, ENVIRONMENT, FLAGS, MODEL, SETTINGS, client_of
 
 LONG = [make_example("niah", 1024, seed) for seed in range(4)]
 SHORT = make_example("niah", 300, 0)
@@ -220,9 +220,12 @@ def test_a_client_that_goes_away_leaves_nothing(compressing_server):
     assert sample_value(samples, "vllm:num_requests_running") == 0
 
 
-def test_a_soak_in_small(compressing_server):
+def test_a_soak_in_small():
+    """In float32: rounded to bfloat16, votes that nearly tie hang on what else is in the batch."""
     asks = [replace(draw(0, number, "fastkv"), max_tokens=8) for number in range(24)]
-    said = soak(replace(compressing_server, model=MODEL), asks, num_again=6, tolerance=0.3)  # bfloat16
+    flags = (*FLAGS, "--dtype", "float32")
+    with serve(CHECKPOINT, method="fastkv", config=SETTINGS, extra=flags, env=ENVIRONMENT) as server:
+        said = soak(replace(server, model=MODEL), asks, num_again=6, tolerance=0.02)
     assert said["wrong"] == []
     assert said["acts"]["read to the end"] + said["acts"]["left"] == len(asks)
     assert said["acts"]["sent again"] >= 6
