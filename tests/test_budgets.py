@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fastkv_vllm.adapter.encoded import stored_pages
 from fastkv_vllm.adapter.pages import ProbedLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadRows, PagePool, ReadBuffers, blocks_for
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool, blocks_for
+from fastkv_vllm.adapter.reads import HeadRows, ReadBuffers
 from fastkv_vllm.cache import share_pages
 from fastkv_vllm.config import CompressionConfig
 from fastkv_vllm.kernels.select import select, select_ragged

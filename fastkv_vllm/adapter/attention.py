@@ -40,7 +40,8 @@ from fastkv_vllm.adapter.encoded import EncodedPages, EncodedReads
 from fastkv_vllm.adapter.kv_cache import CompressibleSpec
 from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, ReadBuffers, rows_of
+from fastkv_vllm.adapter.ragged import HeadPages
+from fastkv_vllm.adapter.reads import HeadReads, HeadRows, ReadBuffers, rows_of
 from fastkv_vllm.adapter.revival import RevivalStep
 
 _layer_index = cache(extract_layer_index)  # it takes a name apart, in every layer of every step

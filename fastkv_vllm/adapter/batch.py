@@ -9,7 +9,8 @@ import torch
 
 from fastkv_vllm.adapter.merged import Held
 from fastkv_vllm.adapter.pages import PageLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads
+from fastkv_vllm.adapter.ragged import HeadPages
+from fastkv_vllm.adapter.reads import HeadReads
 from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.adapter.revival import RevivalStep
 from fastkv_vllm.cache import PromptPlan

@@ -10,7 +10,8 @@ import torch
 from fastkv_vllm.adapter.encoded import EncodedPages
 from fastkv_vllm.adapter.merged import Held, MergedPages
 from fastkv_vllm.adapter.pages import RowLayout
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, PagePool, ReadBuffers
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool
+from fastkv_vllm.adapter.reads import HeadReads, HeadRows, ReadBuffers
 from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec
 from fastkv_vllm.kernels.encoded_attention import PagedEntries, encoded_attention, takes
 
@@ -163,14 +164,14 @@ class StoredCodes:
     def _channels(self) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
         """Those of each layer's stored keys and values, [S, Dk] and [S, Dv]; None: all in order."""
         channels: list[list[torch.Tensor | None]] = []
-        for part, name in enumerate(("key_channels", "value_channels")):
+        for part in range(2):
             of_rows = []
             for held in self.held:
                 assert isinstance(held, EncodedPages), "rows are alike"
                 num_layers, num_heads = held.counts.shape
                 order = held.codec.orders(torch.arange(num_layers * num_heads))
                 order = None if order is None else order[:, part].unflatten(0, (num_layers, num_heads))
-                chosen = getattr(held, name)
+                chosen = (held.key_channels, held.value_channels)[part]
                 of_rows.append(order if chosen is None else chosen if order is None else chosen.gather(2, order))
             given = [each for each in of_rows if each is not None]
             channels.append(list(torch.cat(given, dim=1)) if given else [None] * len(self._counts))

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, HeadRows, KeptPages, PagePool, layers_alike, query_starts
+from fastkv_vllm.adapter.ragged import HeadPages, KeptPages, PagePool
+from fastkv_vllm.adapter.reads import HeadReads, HeadRows, layers_alike, query_starts
 from fastkv_vllm.cache import PromptPlan
 from fastkv_vllm.codecs import Codec, EntryShape, ExactCodec, best_channels, best_value_channels
 from fastkv_vllm.config import CompressionConfig

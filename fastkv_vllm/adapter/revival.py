@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastkv_vllm.adapter.detour import Layer, detour
-from fastkv_vllm.adapter.ragged import HeadPages, HeadReads, PagePool
+from fastkv_vllm.adapter.ragged import HeadPages, PagePool
 from fastkv_vllm.adapter.rating import agree, rate_rows, value_norms
+from fastkv_vllm.adapter.reads import HeadReads
 from fastkv_vllm.adapter.recipe import Recipe
 from fastkv_vllm.adapter.step import WorkerStats
 from fastkv_vllm.cache import PromptPlan

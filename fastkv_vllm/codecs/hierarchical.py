@@ -43,14 +43,13 @@ class HierarchicalCodec(Codec):
 
     def form(self, entry: EntryShape) -> Form:
         header, of_keys, of_values, *_ = self._sizes(entry, halves=2)
-        num_values = TOKENS * entry.value_dim // CHANNELS
-        more = -1 if self.is_draft else header + of_keys + of_values
-        keys = Vectors(Kind.HALVES_BY_CHANNEL, entry.key_dim, 0, 2 * entry.key_dim, header, more)
-        low, codes = 4 * entry.key_dim, header + of_keys
-        more += 0 if self.is_draft else of_keys
+        low, num_values = 4 * entry.key_dim, TOKENS * entry.value_dim // CHANNELS
+        keys = Vectors(Kind.HALVES_BY_CHANNEL, entry.key_dim, 0, 2 * entry.key_dim, header)
         values = Vectors(
-            Kind.HALVES_BY_TOKEN, entry.value_dim, low, low + 2 * num_values, codes, more, channels=CHANNELS
+            Kind.HALVES_BY_TOKEN, entry.value_dim, low, low + 2 * num_values, header + of_keys, channels=CHANNELS
         )
+        if not self.is_draft:
+            keys, values = (part._replace(more=part.codes + of_keys + of_values) for part in (keys, values))
         return Form(self.num_bytes(entry), TOKENS, keys, values)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -234,7 +233,8 @@ class Engine:
             assert got == want, f"{where}: token {step} is {got}, not {want}; margin {margin:.1e}"
         errors = [abs(a - b) for a, b in zip(logprobs_of(output), expected.logprobs, strict=True)]
         off = f"{where}: logprob of token {errors.index(max(errors))} is off {errors}"
-        assert max(errors) < most_off(config) and median(errors) < tolerance(config), off
+        *others, worst = sorted(errors)
+        assert worst < most_off(config) and max(others, default=0.0) < tolerance(config), off
 
     def require_idle(self) -> None:
         """No block, plan, window or stashed row is left behind."""

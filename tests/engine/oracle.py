@@ -168,7 +168,7 @@ def clear(
 
 
 def most_off(config: CompressionConfig | None) -> float:
-    """Most that float noise moves the logprob of one token; half of an answer's are within `tolerance`.
+    """Most that float noise moves the logprob of one token of an answer; those of the others are within `tolerance`.
 
     A token may hang on a code that noise decides: with skvq's one was off by 0.09 where the CPU has AVX2 alone, the
     others by 2e-3 or less.

@@ -326,45 +326,7 @@ def encoded_attention_triton(queries: torch.Tensor, parts: Sequence["PagedEntrie
     found = (torch.empty if all_channels else torch.zeros)(num_sequences, num_shares, group, head_dim, **made)
     lse = torch.empty(num_sequences, num_shares, group, **made)
     for number, part in enumerate(parts):
-        pages, form = part.pages, part.form
-        if form.keys.kind == Kind.ELEMENTS:
-            pages, form = pages.view(queries.dtype), _in_elements(form, queries.element_size())
-        rooms = [_room(vectors) for vectors in (form.keys, form.values)]
-        block_n, num_warps = _SETTINGS[queries.element_size()][max(room.block * room.groups for room in rooms)]
-        tables = part.tables.contiguous()
-        _part_kernel[(num_sequences, _SHARES)](
-            queries,
-            pages,
-            tables,
-            part.lengths.contiguous(),
-            queries if part.key_channels is None else part.key_channels.contiguous(),
-            queries if part.value_channels is None else part.value_channels.contiguous(),
-            found,
-            lse,
-            pages.stride(0),
-            tables.stride(0),
-            scale,
-            KEYS=form.keys,
-            VALUES=form.values,
-            RECORD=form.num_bytes,
-            GROUP_SIZE=form.group_size,
-            SKIPS_RETAINED=form.skips_retained,
-            KEY_ROOM=rooms[0],
-            VALUE_ROOM=rooms[1],
-            PICKS_KEYS=part.key_channels is not None,
-            PICKS_VALUES=part.value_channels is not None,
-            FIRST=part.first,
-            PER_PAGE=pages.shape[1] // form.num_bytes,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            FIRST_SHARE=number * _SHARES,
-            NUM_SHARES=num_shares,
-            SHARES=_SHARES,
-            BLOCK_M=max(16, triton.next_power_of_2(group)),
-            BLOCK_N=block_n if form.group_size == 1 else _RECORD_TILE,
-            num_warps=num_warps,
-            enable_fp_fusion=True,
-        )
+        _attend(queries, part, scale, found, lse, number * _SHARES)
     _merge_kernel[(num_sequences, group)](
         found,
         lse,
@@ -377,6 +339,52 @@ def encoded_attention_triton(queries: torch.Tensor, parts: Sequence["PagedEntrie
         enable_fp_fusion=True,
     )
     return out
+
+
+def _attend(
+    queries: torch.Tensor, part: "PagedEntries", scale: float, found: torch.Tensor, lse: torch.Tensor, first_share: int
+) -> None:
+    """Write a part's shares, from this one on, of [S, shares of all parts, G, D] and [S, shares of all parts, G]."""
+    num_sequences, group, head_dim = queries.shape
+    pages, form = part.pages, part.form
+    if form.keys.kind == Kind.ELEMENTS:
+        pages, form = pages.view(queries.dtype), _in_elements(form, queries.element_size())
+    rooms = [_room(vectors) for vectors in (form.keys, form.values)]
+    block_n, num_warps = _SETTINGS[queries.element_size()][max(room.block * room.groups for room in rooms)]
+    tables = part.tables.contiguous()
+    _part_kernel[(num_sequences, _SHARES)](
+        queries,
+        pages,
+        tables,
+        part.lengths.contiguous(),
+        queries if part.key_channels is None else part.key_channels.contiguous(),
+        queries if part.value_channels is None else part.value_channels.contiguous(),
+        found,
+        lse,
+        pages.stride(0),
+        tables.stride(0),
+        scale,
+        KEYS=form.keys,
+        VALUES=form.values,
+        RECORD=form.num_bytes,
+        GROUP_SIZE=form.group_size,
+        SKIPS_RETAINED=form.skips_retained,
+        KEY_ROOM=rooms[0],
+        VALUE_ROOM=rooms[1],
+        PICKS_KEYS=part.key_channels is not None,
+        PICKS_VALUES=part.value_channels is not None,
+        FIRST=part.first,
+        PER_PAGE=pages.shape[1] // form.num_bytes,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        FIRST_SHARE=first_share,
+        NUM_SHARES=found.shape[1],
+        SHARES=_SHARES,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_N=block_n if form.group_size == 1 else _RECORD_TILE,
+        num_warps=num_warps,
+        enable_fp_fusion=True,
+    )
 
 
 def _room(vectors: Vectors) -> _Room:
