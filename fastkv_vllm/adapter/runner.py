@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -74,4 +75,15 @@ class CompressionRunner(PlannedRunner, GPUModelRunner):
         return torch.from_numpy(self.input_batch.token_ids_cpu[row, :count])
 
 
-class CPUCompressionRunner(CompressionRunner, CPUModelRunner): ...
+class CPUCompressionRunner(CompressionRunner, CPUModelRunner):
+    """Also keeps what vLLM's runner for CPUs lets end the engine: a seeded request whose prompt comes in chunks."""
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        # A row whose prompt is not over is sampled, too, and thrown away. vLLM then rewinds the request's generator by
+        # a number of Philox's, which those of CPUs do not have; here such a row draws from the common one.
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+        unused = {row: generators.pop(row) for row in discarded if row in generators}
+        output = super().sample_tokens(*args, **kwargs)
+        generators.update(unused)
+        return output

@@ -223,3 +223,20 @@ def test_prompt_logprobs_depend_on_what_the_request_asks_for(engine):
         extra = {"kv_compression": method}
         (output,) = engine.llm.generate([prompt], sampling(2, prompt_logprobs=0, extra_args=extra), use_tqdm=False)
         assert len(output.prompt_logprobs) == 300
+
+
+@pytest.mark.parametrize("method", ["none", "snapkv"])
+def test_a_seed_gives_the_same_answer_however_the_prompt_is_read(engine, method):
+    """A step that reads only a part of its prompt draws nothing from the request's own generator."""
+    prompts = [{"prompt_token_ids": list(prompt)} for prompt in make_prompts([700, 401, 90])]
+
+    def answers(step_tokens, seed):
+        wanted = sampling(12, temperature=1.0, seed=seed, extra_args={"kv_compression": method})
+        with engine.step_tokens(step_tokens):
+            outputs = engine.llm.generate(prompts, wanted, use_tqdm=False)
+        engine.require_idle()
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    whole = answers(2048, seed=7)
+    assert answers(97, seed=7) == whole
+    assert answers(97, seed=8) != whole

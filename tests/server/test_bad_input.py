@@ -101,6 +101,13 @@ def status_and_complaint(server, case):
     return reply.status_code, next((event for event in events if json.loads(event).get("error")), None)
 
 
+def is_healthy(server):
+    try:
+        return requests.get(f"{server.base_url}/health", timeout=TIMEOUT_S).status_code == 200
+    except requests.ConnectionError:
+        return False
+
+
 def post(server, path, body):
     """Status and body of an answer; of a stream the list of its events."""
     request = urllib.request.Request(
@@ -163,6 +170,7 @@ def test_no_request_of_the_api_breaks_it(compressing_server, request: pytest.Fix
         status, complaint = status_and_complaint(compressing_server, case)
         seen.add((case[1], status))
         if complaint:
+            assert is_healthy(compressing_server), f"{case} ended it\n{compressing_server.log_tail()}"
             plain = status_and_complaint(request.getfixturevalue("plain_server"), case)
             assert plain[0] == status and plain[1], f"{case} {complaint}"
 
@@ -207,3 +215,12 @@ def test_a_stream_is_refused_before_it_begins(compressing_server):
     status, reply = post(compressing_server, "/v1/completions", body | {"vllm_xargs": {METHOD: "best"}})
     assert status == 400
     assert "best" in reply["error"]["message"]
+
+
+def test_a_seed_does_not_end_it(compressing_server):
+    """Of a request whose prompt takes several steps: vLLM's own server ends where it runs on CPUs."""
+    body = {"model": MODEL, "prompt": LONG.prompt, "max_tokens": 8, "temperature": 1, "seed": 7}
+    (status, first), (_, second) = (post(compressing_server, "/v1/completions", body) for _ in range(2))
+    assert status == 200
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    assert is_healthy(compressing_server)
