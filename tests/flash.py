@@ -1,6 +1,8 @@
 """FlashAttention in plain torch, as its documentation has it, strict about what the compiled one takes for granted."""
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
 import torch
@@ -80,20 +82,41 @@ def flash_attn_varlen_func(
     assert int(counts.max()) <= max_seqlen_q and int(seqused_k.max()) <= max_seqlen_k and len(q) >= cu_seqlens_q[-1]
     made_for = schedule(num_seqs, max_seqlen_q, max_seqlen_k, q.shape[1], num_heads, q.shape[2], k.shape[1], seqused_k)
     assert scheduler_metadata is None or torch.equal(scheduler_metadata, made_for), "the schedule is of another call"
-    for i, (start, count, length) in enumerate(
-        zip(cu_seqlens_q.tolist(), counts.tolist(), seqused_k.tolist(), strict=False)
-    ):
-        pages = block_table[i, : -(-length // k.shape[1])].long()
-        keys, values = (
-            (cache[pages].flatten(0, 1)[:length].float() * scale[i].unsqueeze(1)).repeat_interleave(group, dim=1)
-            for cache, scale in ((k, k_descale), (v, v_descale))
-        )
-        queries = q[start : start + count].float() * q_descale[i].repeat_interleave(group).unsqueeze(1)
-        logits = torch.einsum("qhd,khd->hqk", queries, keys) * softmax_scale
+    pages = [table[: -(-length // k.shape[1])] for table, length in zip(block_table, seqused_k.tolist(), strict=True)]
+    keys = [k[of].float() * scale.unsqueeze(1) for of, scale in zip(pages, k_descale, strict=True)]
+    values = [v[of].float() * scale.unsqueeze(1) for of, scale in zip(pages, v_descale, strict=True)]
+    scales = q_descale.repeat_interleave(group, dim=1).repeat_interleave(counts, dim=0).unsqueeze(2)
+    queries = q[: len(scales)].float() * scales
+    attend(queries, keys, values, out, counts.tolist(), seqused_k.tolist(), softmax_scale)
+
+
+def attend(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    out: Tensor,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    scale: float,
+) -> None:
+    """Causal attention of sequences whose queries lie one after the other.
+
+    Args:
+        q, out: [T, Hq, D].
+        keys, values: pages of each sequence, [pages, page_size, H, D].
+        counts: queries of each.
+        lengths: keys of each, the last of which is its last query's own.
+        scale: of the products.
+    """
+    starts = [0, *accumulate(counts)]
+    for start, count, length, of_keys, of_values in zip(starts, counts, lengths, keys, values, strict=False):
+        k, v = (of.flatten(0, 1)[:length].float() for of in (of_keys, of_values))
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        logits = torch.einsum("qhd,khd->hqk", q[start : start + count].float(), k) * scale
         unseen = torch.arange(length) > torch.arange(length - count, length).unsqueeze(1)
-        out[start : start + count] = torch.einsum(
-            "hqk,khd->qhd", logits.masked_fill(unseen, -torch.inf).softmax(-1), values
-        )
+        weights = logits.masked_fill(unseen, -torch.inf).softmax(-1)
+        out[start : start + count] = torch.einsum("hqk,khd->qhd", weights, v)
 
 
 def get_scheduler_metadata(

@@ -126,16 +126,14 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
             pool, table = self.compressor.pool, common_attn_metadata.block_table_tensor
             self._graph_buffers = self._graph_buffers or ReadBuffers(pool, table.shape[0], table.shape[1], stays=True)
             held = dict.fromkeys(range(common_attn_metadata.num_reqs), HeadPages.none(pool, 0))
-            metadata = self._build_in_graph(common_attn_metadata, held)
-            for of_layer in metadata.reads[0].metadata:
-                of_layer.max_seq_len = common_attn_metadata.max_seq_len  # a number, so the graph's for good
-            return metadata
+            return self._build_in_graph(common_attn_metadata, held)
 
     def _build_in_graph(self, common: CommonAttentionMetadata, held: Mapping[int, HeadPages]) -> CompressionMetadata:
         """Metadata in tensors that stay, of requests that decode a token each and of padding behind them."""
         assert self._graph_buffers is not None, "made when graphs are captured"
         reads = self._graph_buffers.write(rows_of(held, common, self.block_size), common.num_reqs)
-        reads.metadata = self._of_sequences(reads, common)
+        # The longest there can be: a number is the graph's for good.
+        reads.metadata = self._of_sequences(reads, common, common.max_seq_len)
         return CompressionMetadata(None, common.max_query_len, reads=(reads,))
 
     def build_for(
@@ -188,17 +186,25 @@ class CompressionMetadataBuilder(AttentionMetadataBuilder):
         self._code_buffers = {kind: self._code_buffers.get(kind) or CodeBuffers(pool) for kind in codes}
         return tuple(reads), tuple(self._code_buffers[kind].write(of_kind) for kind, of_kind in codes.items())
 
-    def _of_sequences(self, reads: HeadReads, view: CommonAttentionMetadata) -> list[Any]:
-        """vLLM's metadata of the sequences of each layer."""
+    def _of_sequences(
+        self, reads: HeadReads, view: CommonAttentionMetadata, max_seq_len: int | None = None
+    ) -> list[Any]:
+        """vLLM's metadata of the sequences of each layer, the longest of which has `max_seq_len` entries if given."""
         sequences, metadata = take_sequences(view, reads), []
+        sequences.max_seq_len = max_seq_len or sequences.max_seq_len
         for layer, (table, lengths) in enumerate(zip(reads.tables, reads.seq_lens, strict=True)):
+            sequences.block_table_tensor, sequences.seq_lens = table, lengths
+            sequences.seq_lens_cpu_upper_bound = reads.host_seq_lens[layer]
             if reads.like[layer] == layer:
-                sequences.block_table_tensor, sequences.seq_lens = table, lengths
-                sequences.seq_lens_cpu_upper_bound = reads.host_seq_lens[layer]
                 metadata.append(super(CompressionMetadataBuilder, self._of_heads).build(0, sequences))
             else:
-                metadata.append(copy.copy(metadata[reads.like[layer]]))
-                metadata[-1].block_table, metadata[-1].seq_lens = table, lengths
+                metadata.append(self._of_heads.build_alike(metadata[reads.like[layer]], sequences))
+        return metadata
+
+    def build_alike(self, metadata: Any, sequences: CommonAttentionMetadata) -> Any:
+        """vLLM's metadata of sequences as long as those of `metadata`, in other pages."""
+        metadata = copy.copy(metadata)
+        metadata.block_table, metadata.seq_lens = sequences.block_table_tensor, sequences.seq_lens
         return metadata
 
 

@@ -31,7 +31,7 @@ MEMBERS = {
         f"vllm.v1.attention.backends.{module}:{name}": members
         for module, backend in (("cpu_attn", "CPU"), ("flash_attn", "Flash"), ("triton_attn", "Triton"))
         for name, members in (
-            (f"{backend}AttentionMetadata", "block_table max_seq_len seq_lens"),
+            (f"{backend}AttentionMetadata", "block_table seq_lens"),
             (f"{backend}AttentionMetadataBuilder", "build"),
             (
                 f"{backend}AttentionBackendImpl" if backend == "CPU" else f"{backend}AttentionImpl",
@@ -41,7 +41,12 @@ MEMBERS = {
         )
     },
     "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": (
-        "block_table max_seq_len seq_lens softmax_segm_expsum softmax_segm_max softmax_segm_output"
+        "block_table seq_lens softmax_segm_expsum softmax_segm_max softmax_segm_output"
+    ),
+    "vllm.v1.attention.backends.flashinfer:FlashInferMetadataBuilder": "build get_cudagraph_support max_num_reqs",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl": (
+        "alibi_slopes do_kv_cache_update forward head_size logits_soft_cap num_heads num_kv_heads num_queries_per_kv "
+        "scale sinks"
     ),
     "vllm.v1.attention.backend:AttentionLayer": "_k_scale_float",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": "clear_override",

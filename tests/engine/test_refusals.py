@@ -144,7 +144,7 @@ def test_another_attention_backend_is_refused(checkpoint, monkeypatch):
     taken = AttentionBackendEnum.FLEX_ATTENTION.value
     monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda *args, **kwargs: taken))
     _cached_get_attn_backend.cache_clear()
-    with pytest.raises(ValueError, match="CPU_ATTN, FLASH_ATTN, TRITON_ATTN and got FLEX_ATTENTION; use --attention-b"):
+    with pytest.raises(ValueError, match="CPU_ATTN, FLASH_ATTN, TRITON_ATTN, FLASHINFER and got FLEX_ATTENTION; "):
         configure(checkpoint)
     _cached_get_attn_backend.cache_clear()
 

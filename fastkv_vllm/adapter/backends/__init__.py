@@ -6,5 +6,6 @@ BACKENDS = {
         ("CPU_ATTN", "cpu", "CPUCompressionBackend"),
         ("FLASH_ATTN", "flash", "FlashCompressionBackend"),
         ("TRITON_ATTN", "triton", "TritonCompressionBackend"),
+        ("FLASHINFER", "flashinfer", "FlashInferCompressionBackend"),
     )
 }
