@@ -172,10 +172,13 @@ class Wrapper:
         assert q.shape == out.shape == (sum(self._counts), self._num_qo_heads, self._shape[2])
         assert kv_cache[0].shape[1:] == kv_cache[1].shape[1:] == self._shape
         assert (q.dtype, kv_cache[0].dtype, out.dtype) == self._dtypes
-        assert all(each.stride(-1) == 1 for each in (q, *kv_cache, out)) and q_scale == k_scale == v_scale == 1
+        assert all(each.stride(-1) == 1 for each in (q, *kv_cache, out))
         pages = [self._indices[first:end] for first, end in pairwise(self._indptr)]  # the first need not be 0
-        keys, values = ([cache[of].transpose(1, 2) for of in pages] for cache in kv_cache)
-        attend(q, keys, values, out, self._counts, self._lengths, self._sm_scale)
+        keys, values = (
+            [cache[of].float().transpose(1, 2) * scale for of in pages]
+            for cache, scale in zip(kv_cache, (k_scale, v_scale), strict=True)
+        )
+        attend(q * q_scale, keys, values, out, self._counts, self._lengths, self._sm_scale)
 
 
 def get_seq_lens(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:

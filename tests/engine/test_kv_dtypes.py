@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 import torch
 
-from tests import flash
+from tests import flash, flash_infer
 from tests.engine import oracle
 from tests.engine.oracle import is_clear, make_prompts
 from tests.engine.requests import ask, filled
@@ -30,21 +30,24 @@ def two_layers(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("model") / "llama", "llama", num_layers=2)
 
 
+ON_GPU = {"flash": flash, "flashinfer": flash_infer}
 # Of the CPU's attention, and of a GPU's whose kernel is plain torch.
-KINDS = {"fp8": ("fp8", 0.5, 0.25), "fp8_e5m2": ("fp8_e5m2", 1.0, 1.0), "flash": ("fp8", 0.5, 0.25)}
+KINDS = {"fp8": ("fp8", 0.5, 0.25), "fp8_e5m2": ("fp8_e5m2", 1.0, 1.0)} | dict.fromkeys(ON_GPU, ("fp8", 0.5, 0.25))
 
 
 @pytest.fixture(params=KINDS, scope="module")
 def engine(request, start, two_layers):
-    if request.param != "flash" and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+    if request.param not in ON_GPU and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
         pytest.skip("vLLM's CPU attention has eight-bit caches with AVX-512 or AMX only")
     kind, k_scale, v_scale = KINDS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "KV_CACHE", KINDS[request.param])
-        if request.param == "flash":
-            flash.install(patch)
+        if request.param in ON_GPU:
+            ON_GPU[request.param].install(patch)
         settings = CUT | {"max_tsp_tokens": 1024}
-        engine = start("fastkv", settings, checkpoint=two_layers, kv_cache_dtype=kind, max_model_len=512)
+        number = list(KINDS).index(request.param)  # an engine for each: those of the same arguments are one
+        arguments = {"checkpoint": two_layers, "kv_cache_dtype": kind, "max_model_len": 512}
+        engine = start("fastkv", settings, **arguments, max_num_seqs=16 + number)
         for layer in engine.core.vllm_config.compilation_config.static_forward_context.values():
             for name, scale in (("k", k_scale), ("v", v_scale)):  # as from a checkpoint that has them
                 setattr(layer, f"_{name}_scale_float", scale)
