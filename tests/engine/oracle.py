@@ -146,6 +146,10 @@ def reference(
     """Greedy generation of the reference model that drops what `config` drops, after `num_context` prompt tokens."""
     end = num_context or len(prompt)
     drop = drop_of(config, end, num_after_image(prompt[:end]))
+    # As far as it is clear, since mostly it is, and has been made to know that.
+    generation, _ = _generate(checkpoint, prompt, max_tokens, drop, end, KV_CACHE, 2.5 * tolerance(config))
+    if len(generation.tokens) == max_tokens:
+        return generation
     return _generate(checkpoint, prompt, max_tokens, drop, end, KV_CACHE)[0]
 
 
@@ -194,8 +198,9 @@ def is_clear(
 ) -> bool:
     """Whether float noise decides nothing about the answer."""
     drop = drop_of(config, num_context, num_after_image(prompt[:num_context]))
-    generation, smallest_gap = _generate(checkpoint, prompt, max_tokens, drop, num_context, KV_CACHE)
-    return smallest_gap > 3e-5 and min(generation.margins) > 2.5 * tolerance(config)
+    least = 2.5 * tolerance(config)
+    generation, smallest_gap = _generate(checkpoint, prompt, max_tokens, drop, num_context, KV_CACHE, least)
+    return smallest_gap > 3e-5 and min(generation.margins) >= least
 
 
 @cache
@@ -211,8 +216,9 @@ def _generate(
     drop: Drop | None,
     num_context: int,
     kv_cache: tuple[str, float, float],
+    least_margin: float = -1.0,
 ) -> tuple[Generation, float]:
-    """Generation, and the smallest relative distance between a chosen score and one that was not.
+    """Generation up to the least margin, and the smallest relative distance between a chosen score and one that was not.
 
     Or between a loss and the halting rule's limit, in shares of the norm, or a recall and its floor. 0 where float
     noise decides which of two numbers the cache has.
@@ -321,4 +327,4 @@ def _generate(
         patch.setattr(tests.reference.budgets, "best_by_head", count_and_measure)
         patch.setattr(tests.reference.budgets, "losses_by_count", lose_and_measure)
         patch.setattr(tests.reference.budgets, "recalls_by_pages", recall_and_measure)
-        return _model(checkpoint, kv_cache).generate(prompt, max_tokens, drop, num_context), min(gaps)
+        return _model(checkpoint, kv_cache).generate(prompt, max_tokens, drop, num_context, least_margin), min(gaps)

@@ -125,9 +125,14 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: Sequence[int], max_tokens: int, drop: Drop | None = None, num_context: int | None = None
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        drop: Drop | None = None,
+        num_context: int | None = None,
+        least_margin: float = -1.0,
     ) -> Generation:
-        """Decode greedily for max_tokens tokens, whatever they are: no token stops it.
+        """Decode greedily for max_tokens tokens, whatever they are: only one with a margin below the least stops it.
 
         Prefill attention runs over all entries the layer sees, but where heads stream; drop applies once, after it, but
         for a method that chooses anew with each token. What is generated stays, unless the drop has a period. With
@@ -160,7 +165,7 @@ class ReferenceModel:
             tokens.append(int(logits.argmax()))
             logprobs.append(float(logits.log_softmax(dim=-1)[tokens[-1]]))
             margins.append(float(best[0] - best[1]))
-            if len(tokens) == max_tokens:
+            if len(tokens) == max_tokens or margins[-1] < least_margin:
                 num_revived = 0 if waiting is None else waiting.num_revived
                 indices = list(cuts.values())
                 return Generation(tokens, logprobs, margins, kept, indices, list(cuts), num_revived, recalls)
@@ -335,9 +340,9 @@ class ReferenceModel:
             queries = self._norm(queries, weights["q_norm.weight"])
             keys = self._norm(keys, weights["k_norm.weight"])
         queries, keys, values = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
-        keys = self._rope(keys, positions)
+        queries, keys = self._rope(torch.cat([queries, keys]), positions).split([self.num_heads, self.num_kv_heads])
         keys, values = (self._cached(*part) for part in zip((keys, values), self.scales, strict=True))
-        return self._rope(queries, positions), keys, values
+        return queries, keys, values
 
     def _cached(self, x: Tensor, scale: float) -> Tensor:
         return x if self.float8 is None else tests.reference.codecs.cut(x / scale, self.float8).float() * scale
@@ -367,12 +372,13 @@ def _attend(
 
     With `visible`, [n, N] of each KV head, over those entries.
     """
-    attended = []
+    attended, n = [], queries.shape[1]
     for head, (group, k, v) in enumerate(zip(queries.chunk(len(keys)), keys, values, strict=True)):
-        logits = group @ k.T / queries.shape[-1] ** 0.5
-        hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + k.shape[0] - queries.shape[1])
-        hidden = hidden if visible is None else ~visible[head]
-        attended.append(logits.masked_fill(hidden, -torch.inf).softmax(dim=-1) @ v)
+        sees = visible[head] if visible is not None else torch.ones(n, len(k), dtype=torch.bool).tril(len(k) - n)
+        causal = visible is None and n == len(k)  # a case that torch need not be told entry by entry
+        batch = group.unsqueeze(0), k.expand(1, len(group), -1, -1), v.expand(1, len(group), -1, -1)
+        mask = None if causal else sees
+        attended.append(F.scaled_dot_product_attention(*batch, attn_mask=mask, is_causal=causal).squeeze(0))
     return torch.cat(attended).transpose(0, 1).flatten(1)
 
 
