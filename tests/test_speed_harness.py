@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.models import make_random_llama
+from benchmarks.models import LlamaShape, make_random_llama
 from benchmarks.speed.exactness import ExactnessFailed, check_exactness
 from benchmarks.speed.load import (
     BLOCK_SIZE,
@@ -32,6 +32,7 @@ from benchmarks.speed.scenarios import (
 from benchmarks.speed.summary import FIGURES, summarise
 from fastkv_vllm.config import CompressionConfig
 
+SMALL = LlamaShape(hidden_size=128, head_dim=32, num_attention_heads=4, intermediate_size=256)
 LOAD = {"num_requests": 4, "prompt_tokens": 8192, "step_tokens": 2048, "concurrency": None}
 STEPS = {"plain": (30.0, 36.0, 31.0), "fastkv": (15.0, 12.0, 31.0)}
 
@@ -228,7 +229,7 @@ def test_a_method_without_exactness_tests_is_not_measured(fake_tests):
 @pytest.mark.slow
 @pytest.mark.engine
 def test_the_smallest_real_processes(tmp_path):
-    model = make_random_llama(tmp_path, SHAPE)
+    model = make_random_llama(tmp_path, SMALL)
     load = Load(1, 1024, 4, 512)
     plain, fastkv = (measure_engine(model, setup, load) for setup in (PLAIN, FASTKV))
     plan = CompressionConfig.from_mapping(FASTKV.method, FASTKV.config).plan(load.prompt_tokens, BLOCK_SIZE)
@@ -245,7 +246,7 @@ def test_setups_that_take_turns_in_one_engine(tmp_path):
     """Each holds what it alone would hold, though all share one engine and what it counts."""
     load = Load(2, 1024, 4, 512)
     case = Case("", load, (PLAIN_REQUESTS, SNAPKV, EVEN_HEADS), in_turn=True)
-    said = measure_in_turn(make_random_llama(tmp_path, SHAPE), case, num_rounds=2)
+    said = measure_in_turn(make_random_llama(tmp_path, SMALL), case, num_rounds=2)
     plan = CompressionConfig.from_mapping(SNAPKV.method, SNAPKV.config).plan(load.prompt_tokens, BLOCK_SIZE)
     kept = plan.num_pages + (plan.num_tail > 0)
     blocks = {name: {raw["blocks_after"] for raw in rounds} for name, rounds in said.items()}

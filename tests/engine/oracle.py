@@ -218,7 +218,7 @@ def _generate(
     kv_cache: tuple[str, float, float],
     least_margin: float = -1.0,
 ) -> tuple[Generation, float]:
-    """Generation up to the least margin, and the smallest relative distance between a chosen score and one that was not.
+    """Generation up to the least margin, and the smallest relative distance of a score from one chosen otherwise.
 
     Or between a loss and the halting rule's limit, in shares of the norm, or a recall and its floor. 0 where float
     noise decides which of two numbers the cache has.
