@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_kernels
 from benchmarks.speed.summary import summarise
 from benchmarks.table import format_table
 
@@ -31,14 +33,35 @@ def test_each_kernel_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch
         "compact",
         "page_tables",
         "propagate",
+        *["merge_layers"] * 2,
         "quantise",
         "quantise",
         *["encoded_attention"] * 5,
     ]
     assert all(row["num_bytes"] > 0 for row in kernels["rows"])
-    cases = {case.op: case for case in gpu.kernel_cases(torch.device("cpu"), 800)}
+    assert kernels["left_out"] == gpu_kernels.left_out() == ["the CUDA library (make csrc)", "xformers"]
+    cases = {case.op: case for case in gpu_kernels.kernel_cases(torch.device("cpu"), 800)}
     for op in ("select", "propagate"):
         assert torch.equal(cases[op].run(), cases[op].rival())
+
+
+def test_xformers_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its documentation has it: groups of heads in a dimension of their own, lengths of log-sum-exps rounded up."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *, attn_bias: str, scale: float) -> tuple[Tensor, Tensor]:
+        assert attn_bias == "from the bottom right" and key.shape == value.shape
+        logits = torch.einsum("bmghd,bnghd->bghmn", query.float(), key.float()) * scale
+        num_queries, num_keys = logits.shape[3:]
+        logits = logits.masked_fill(torch.ones(num_queries, num_keys).triu(1 + num_keys - num_queries) > 0, -torch.inf)
+        return query, torch.nn.functional.pad(logits.logsumexp(-1), (0, 32))
+
+    bias = SimpleNamespace(LowerTriangularFromBottomRightMask=lambda: "from the bottom right")
+    fmha = SimpleNamespace(memory_efficient_attention_forward_requires_grad=attention, attn_bias=bias)
+    monkeypatch.setattr(gpu_kernels, "_has_xformers", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "import_module", {"xformers.ops.fmha": fmha}.__getitem__)
+    ours, theirs = (case for case in gpu_kernels.kernel_cases(torch.device("cpu"), 800) if case.op == "window_scores")
+    assert "xformers" in theirs.shape
+    torch.testing.assert_close(theirs.run(), ours.run())
 
 
 def test_tables_of_a_recorded_outcome() -> None:
@@ -56,10 +79,11 @@ def test_tables_of_a_recorded_outcome() -> None:
         {"op": "compact", "shape": "800 entries", "num_bytes": 3 * 10**8, "seconds": 1e-4, "torch_seconds": None},
     ]
     report = {
-        "kernels": {"copy_bytes_per_s": 3e12, "rows": rows},
+        "kernels": {"copy_bytes_per_s": 3e12, "rows": rows, "left_out": ["xformers"]},
         "engine": {"1 x 8192": {"load": load, "setups": summarise(gpu.ENGINE_FIGURES, load, gpu.SETUPS, said)}},
     }
-    (_, kernels), (title, engine) = gpu.tables(report)
+    (heading, kernels), (title, engine) = gpu.tables(report)
+    assert heading == "Kernels, by the bytes that must move; without xformers"
     assert kernels == format_table(
         ["kernel", "inputs", "us", "GB/s", "of a copy's", "times as fast as torch"],
         [
