@@ -203,6 +203,12 @@ def is_clear(
     return smallest_gap > 3e-5 and min(generation.margins) >= least
 
 
+def makes_equals(drop: Drop) -> bool:
+    """Whether equal scores come of the rule, by a maximum of neighbours, and not of rounding, which noise undoes."""
+    own_votes = drop.decay is not None or drop.method in ("pyramidinfer", "vl_cache", "tova", "lazyllm", "gemfilter")
+    return drop.has_scores and drop.pooling == "max" and not own_votes
+
+
 @cache
 def _model(checkpoint: Path, kv_cache: tuple[str, float, float]) -> ReferenceModel:
     return ReferenceModel(checkpoint, kv_cache)
@@ -246,6 +252,8 @@ def _generate(
             # Neither pooled nor summed over many rows, a score hangs on single logits.
             noise = 5 if drop.method == "vl_cache" else 1
             gaps.extend(abs(last - score) / abs(last) / noise for score in rivals if score != last)
+            if last == max(outside) and not makes_equals(drop):
+                gaps.append(0.0)
         return chosen
 
     def count_and_measure(
@@ -258,6 +266,8 @@ def _generate(
         # Pooling makes equal neighbours: heads change places by whole groups, so the groups must be apart.
         others = ordered[ordered != last]
         gaps.append(float(((others - last).abs() / last).min()))
+        if len(ordered) - len(others) > 1 and not makes_equals(drop):
+            gaps.append(0.0)
         return best_by_head(drop, scores, positions, count, tail_from)
 
     def lose_and_measure(drop: Drop, *layer: Any) -> list[float]:

@@ -41,7 +41,8 @@ class _PlannedBuilder(FlashInferMetadataBuilder):
         num_reqs = common_attn_metadata.num_reqs
         self.paged_kv_indptr = self._numbers(num_reqs + 1)
         self.paged_kv_last_page_len = self._numbers(num_reqs)
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        with torch.device("cpu"):  # FlashInfer plans on the host and does not name it everywhere
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     def _numbers(self, count: int) -> CpuGpuBuffer:
         return CpuGpuBuffer(count, dtype=torch.int32, device=self.device, pin_memory=False)
