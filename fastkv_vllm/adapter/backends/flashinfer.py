@@ -101,6 +101,7 @@ class FlashInferCompressionBuilder(CompressionMetadataBuilder, _PlannedBuilder):
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     def build_alike(self, metadata: Any, sequences: CommonAttentionMetadata) -> Any:
+        # A plan is of its pages: that of another layer is of no use.
         return _PlannedBuilder.build(self, 0, sequences)
 
 
